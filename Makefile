@@ -1,0 +1,30 @@
+# make demo   both stages on the toy world, the before/after table and the pictures (minutes, 2 CPU cores)
+# make test   every test
+# Both work in a fresh clone: they make .venv and install what they need into it.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.core
+	$(PY) train.py --name demo
+	$(PY) eval_mmvp.py --model toy/clip.safetensors --model runs/demo/enhanced
+	@echo "pictures: runs/demo/samples, runs/demo/eval"
+
+test: $(VENV)/.test
+	$(PY) -m ruff check .
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+$(VENV)/.core: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.test: requirements-test.txt $(VENV)/.core
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

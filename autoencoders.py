@@ -1,0 +1,305 @@
+"""The frozen tokenizers: where the denoiser's targets come from.
+
+GenHancer never reconstructs pixels. The continuous denoiser works on the latents of a pretrained
+VAE (Sec. 3, Sec. 4.4; Alg. 1, line 3: ``x̃_1 = v_ae(x)``), which throws away what is cheap to paint
+and expensive to predict. The VAE is not trained here, only read: this file is its architecture
+under the *published* module names, so that FLUX.1's ``ae.safetensors`` (244 tensors, 83.8 M
+parameters) loads with nothing missing and nothing left over.
+
+The encoder and decoder are the convolutional family of the LDM / VQ-GAN line of work: residual
+blocks, a halving of the resolution between levels, one attention in the middle. The options that
+differ inside the family (latent channels, one or two encoder outputs per channel, attention at some
+levels) are arguments.
+
+    encoder:  conv_in → down.0 … down.(n-1) → mid (block, attention, block) → norm, swish, conv_out
+    decoder:  conv_in → mid → up.(n-1) … up.0 → norm, swish, conv_out
+
+Conventions, stated once: images enter in **[-1, 1]**; latents leave *normalised*,
+``z = (latent − shift) · scale``, near zero mean and unit variance, because rectified flow mixes them
+with unit Gaussian noise (Eq. 1) and its timestep schedule presumes comparable sizes.
+
+Letters: B batch, H W image height and width, C latent channels, h w latent height and width
+(H/f, W/f for a downsampling factor f). This module imports nothing of this project: copy it freely.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of an encoder/decoder pair. The defaults are FLUX.1's VAE."""
+
+    base_channels: int = 128
+    """channels at full resolution ("ch")"""
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    """channels per level, in units of base_channels; n levels downsample by 2^(n-1)"""
+    blocks_per_level: int = 2
+    """residual blocks per level (the decoder has one more)"""
+    latent_channels: int = 16
+    """C"""
+    groups: int = 32
+    """groups of every GroupNorm"""
+    attention_levels: tuple[int, ...] = ()
+    """levels with an attention after each block (none in FLUX's VAE, the last in taming's f16)"""
+    shift: float = 0.1159
+    """mean of raw latents over the training images: subtracted"""
+    scale: float = 0.3611
+    """one over their standard deviation: multiplied"""
+
+    @property
+    def downsampling(self) -> int:
+        """f: pixels per latent cell along each side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+FLUX_VAE = AutoencoderConfig()
+# Toy scenes (64 px) become 8×8×32 latents, so 16 tokens after the denoiser's 2×2 patches: one per
+# CLIP patch. Shift and scale come with the weights, in their JSON.
+TOY_VAE = AutoencoderConfig(base_channels=8, channel_multipliers=(1, 2, 4, 8), blocks_per_level=1,
+                            latent_channels=32, groups=4)
+
+
+# ------------------------------------------------------------------------------------------------
+# Parts
+# ------------------------------------------------------------------------------------------------
+class ResidualBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))). (B, c_in, h, w) → (B, c_out, h, w)."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        # The name exists in published weights only where the width changes: no identity layer here.
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, h, w)
+        hidden = self.conv2(F.silu(self.norm2(hidden)))  # (B, c_out, h, w)
+        return hidden + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all cells: the only place where far apart cells meet."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        # 1×1 convolutions rather than Linear layers: that is how the weights were published.
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (rearrange(f(normed), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h·w, c)
+        mixed = rearrange(mixed, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(mixed)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution. Padding right and below only is the family's habit; weights expect it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, c, h, w) → (B, c, h/2, w/2)
+
+
+class Upsample(nn.Module):
+    """Double the resolution: repeat each cell, then smooth."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, c, 2h, 2w)
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, optional attentions, optional change of resolution."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, attention: bool):
+        super().__init__()
+        widths = [c_in] + [c_out] * blocks
+        self.block = nn.ModuleList(ResidualBlock(a, c_out, groups) for a in widths[:-1])
+        self.attn = nn.ModuleList(AttentionBlock(c_out, groups) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    """The lowest resolution: block, attention, block."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, groups)
+        self.attn_1 = AttentionBlock(channels, groups)
+        self.block_2 = ResidualBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] → feature maps (B, out_channels, H/f, W/f)."""
+
+    def __init__(self, config: AutoencoderConfig, out_channels: int):
+        super().__init__()
+        base, groups = config.base_channels, config.groups
+        widths = [base * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(3, base, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([base] + widths[:-1], widths, strict=True)):
+            level = Level(c_in, c_out, config.blocks_per_level, groups, i in config.attention_levels)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(c_out)
+            self.down.append(level)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)  # (B, base, H, W)
+        for level in self.down:
+            x = level(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)  # halves h and w
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # (B, out, H/f, W/f)
+
+
+class Decoder(nn.Module):
+    """Latents (B, C, h, w) → images (B, 3, f·h, f·w), about [-1, 1]."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        base, groups = config.base_channels, config.groups
+        widths = [base * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        # `up` is indexed by resolution, not by order of use: up.0 is full size and comes last.
+        levels = []
+        for i, c_out in enumerate(widths):
+            c_in = widths[min(i + 1, len(widths) - 1)]
+            level = Level(c_in, c_out, config.blocks_per_level + 1, groups, i in config.attention_levels)
+            if i > 0:
+                level.upsample = Upsample(c_out)
+            levels.append(level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = nn.GroupNorm(groups, base * config.channel_multipliers[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(base * config.channel_multipliers[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))  # (B, c, h, w)
+        for level in reversed(self.up):
+            x = level(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)  # doubles h and w
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+
+
+# ------------------------------------------------------------------------------------------------
+# The VAE
+# ------------------------------------------------------------------------------------------------
+class VAE(nn.Module):
+    """The continuous tokenizer v_ae of Alg. 1, line 3.
+
+    Args:
+        config: shape, and the shift and scale of its latents.
+    """
+
+    def __init__(self, config: AutoencoderConfig = FLUX_VAE):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, 2 * config.latent_channels)  # a mean and a log-variance each
+        self.decoder = Decoder(config)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] → raw posterior mean and log-variance, (B, C, h, w) each."""
+        mean, log_variance = self.encoder(images).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → normalised latents (B, C, h, w); see `latents`."""
+        return self.latents(*self.moments(images), noise)
+
+    def latents(self, mean: Tensor, log_variance: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Raw moments → normalised latents; apart from `encode` so that moments can be cached.
+
+        With unit Gaussian `noise` (B, C, h, w) the posterior is sampled, as the official code does;
+        without, its mean is taken.
+        """
+        raw = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
+        return (raw - self.config.shift) * self.config.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents (B, C, h, w) → images (B, 3, f·h, f·w), about [-1, 1]."""
+        return self.decoder(latents / self.config.scale + self.config.shift)
+
+
+def load_vae(path: str | Path, config: AutoencoderConfig = FLUX_VAE) -> VAE:
+    """A frozen VAE in eval mode from a safetensors file.
+
+    Files of this project carry their configuration in the safetensors header; published files do
+    not, and are read as `config`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not safetensors, or tensors that do not fit; the first mismatch is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"VAE weights: no file {path}; FLUX.1's is ae.safetensors of its repository")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"VAE weights: {path} is not a whole safetensors file ({error}); "
+                         "download it again") from None
+    if "autoencoder" in metadata:
+        config = config_from_text(metadata["autoencoder"])
+    with torch.device("meta"):
+        vae = VAE(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != found:
+        first = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
+        raise ValueError(f"VAE weights: {path} holds {len(found)} tensors, expected {len(expected)}; first mismatch "
+                         f"{first}: expected {expected.get(first, 'nothing')}, found {found.get(first, 'nothing')}")
+    # assign=True puts the file's tensors in place of the meta ones; toy weights ship in half precision.
+    vae.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+def config_to_text(config: AutoencoderConfig) -> str:
+    """One line of JSON for a safetensors header."""
+    import json
+
+    return json.dumps(asdict(config))
+
+
+def config_from_text(text: str) -> AutoencoderConfig:
+    """The reverse; JSON has no tuples, so lists are turned back."""
+    import json
+
+    return AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()})

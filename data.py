@@ -1,0 +1,221 @@
+"""Images in, batches out: the same global batch whatever the number of ranks.
+
+GenHancer trains on pictures alone (Alg. 1: "image-only training dataset D without annotations"), so
+a data set here is a folder or a list of files and nothing else.
+
+Three promises, because a run that cannot be repeated cannot be believed:
+
+1. **The order is a pure function of (seed, position).** Position counts images since step 0; epoch e
+   is a permutation made from (seed, e). Resuming is arithmetic: no state is saved, none can be lost.
+2. **A global batch is the same set of images for any number of ranks and accumulation steps.**
+   Ranks take disjoint slices of it. (In the official code every rank reads the same images.)
+3. **An unreadable picture never changes the batch size.** The next readable one stands in for it, the
+   name is reported, and more than 5 % of them end the run.
+
+Conventions: images leave as float RGB (3, size, size) in [0, 1]; the normalisations are the model's
+business. This module imports nothing of this project: copy it freely.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+Key = tuple[int, int]  # (index in the data set, epoch): what a sampler asks of a data set
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+def find_images(source: str | Path) -> list[Path]:
+    """All images under a folder (sorted, recursive), or those a text file lists, one path a line.
+
+    Relative paths in a list are relative to the list.
+
+    Raises: FileNotFoundError or ValueError, naming what is missing or empty.
+    """
+    source = Path(source)
+    if source.is_dir():
+        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not files:
+            raise ValueError(f"data: no images ({', '.join(sorted(SUFFIXES))}) anywhere under folder {source}")
+        return files
+    if not source.is_file():
+        raise FileNotFoundError(f"data: no folder and no file {source}")
+    if source.suffix.lower() in SUFFIXES | {".tar"}:
+        raise ValueError(f"data: {source} is one {source.suffix} file; give a folder, or a text file that lists images")
+    try:
+        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"data: {source} is not a text file that lists images") from None
+    files = [source.parent / line for line in lines if line]  # an absolute line stays absolute
+    if not files:
+        raise ValueError(f"data: list {source} is empty")
+    missing = next((f for f in files if not f.is_file()), None)
+    if missing:
+        raise FileNotFoundError(f"data: list {source} names {missing}, which does not exist")
+    return files
+
+
+def load_rgb(path: Path) -> Image.Image:
+    """Decode to upright RGB: EXIF orientation applied, palette, CMYK, grey, alpha and 16 bit converted."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip at 255
+            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def random_resized_crop(image: Image.Image, size: int, scale_min: float, rng: np.random.Generator) -> Image.Image:
+    """torchvision's RandomResizedCrop(size, scale=(scale_min, 1), bicubic), from a generator of ours.
+
+    Ten tries at a box with the drawn area and aspect ratio; else the largest central box whose ratio
+    is within [3/4, 4/3]. No flip: a mirrored "facing left" would teach the opposite.
+    """
+    width, height = image.size
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for _ in range(10):
+        area = width * height * rng.uniform(scale_min, 1.0)
+        ratio = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) * rng.random(), (height - h) * rng.random()
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+
+
+class ImageFiles(Dataset):
+    """Image files as {"image": (3, size, size) in [0, 1], "name": str, "unreadable": [names]}.
+
+    Indexed by (index, epoch): the crop is a pure function of (seed, epoch, index), so it does not
+    matter which worker of which rank makes it.
+
+    Raises: ValueError where not one image in a row of 20 can be read.
+    """
+
+    def __init__(self, source: str | Path, size: int, scale_min: float = 0.9, seed: int = 0):
+        self.files, self.size, self.scale_min, self.seed = find_images(source), size, scale_min, seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: Key) -> dict:
+        index, epoch = key
+        unreadable = []
+        for attempt in range(min(20, len(self.files))):
+            place = (index + attempt) % len(self.files)
+            try:
+                image = load_rgb(self.files[place])
+            except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+                unreadable.append(str(self.files[place]))
+                continue
+            rng = np.random.default_rng([self.seed, epoch, place])
+            pixels = np.asarray(random_resized_crop(image, self.size, self.scale_min, rng))
+            tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255  # (3, size, size)
+            return {"image": tensor, "name": str(self.files[place]), "unreadable": unreadable}
+        raise ValueError(f"data: {len(unreadable)} images in a row cannot be read, from {unreadable[0]} on")
+
+
+# ------------------------------------------------------------------------------------------------
+# Order
+# ------------------------------------------------------------------------------------------------
+class MicroBatches(Sampler[list[tuple[int, Key]]]):
+    """One rank's micro-batches, from `start_step` on, without end.
+
+    Global batch s covers positions s·G … s·G + G − 1 of the endless stream of shuffled epochs. It is
+    cut into G / micro pieces, dealt to the ranks in turn. Yields lists of (position, key).
+
+    Raises: ValueError where the global batch does not divide evenly.
+    """
+
+    def __init__(self, length: int, global_batch: int, micro_batch: int, rank: int = 0, ranks: int = 1,
+                 seed: int = 0, start_step: int = 0):
+        if global_batch % (micro_batch * ranks):
+            raise ValueError(f"global batch {global_batch} is no multiple of micro_batch {micro_batch} × {ranks} ranks")
+        self.length, self.global_batch, self.micro = length, global_batch, micro_batch
+        self.rank, self.ranks, self.seed, self.start_step = rank, ranks, seed, start_step
+        self.accumulation = global_batch // (micro_batch * ranks)
+
+    def __iter__(self) -> Iterator[list[tuple[int, Key]]]:
+        step, epoch, order = self.start_step, -1, None
+        while True:
+            for piece in range(self.accumulation):
+                first = step * self.global_batch + (piece * self.ranks + self.rank) * self.micro
+                batch = []
+                for position in range(first, first + self.micro):
+                    if position // self.length != epoch:
+                        epoch = position // self.length
+                        order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+                    batch.append((position, (int(order[position % self.length]), epoch)))
+                yield batch
+            step += 1
+
+
+class _Positioned(Dataset):
+    """Passes (position, key) through to the data set and hands the position on."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, request: tuple[int, Key]) -> dict:
+        position, key = request
+        return {"unreadable": [], **self.dataset[key], "position": position}
+
+
+def collate(items: list[dict]) -> dict:
+    """Stack tensors; keep names, positions and unreadable files as lists."""
+    batch = {}
+    for field, value in items[0].items():
+        values = [item[field] for item in items]
+        batch[field] = torch.stack(values) if isinstance(value, torch.Tensor) else values
+    return batch
+
+
+def batches(dataset: Dataset, sampler: MicroBatches, workers: int = 0) -> Iterator[dict]:
+    """The endless stream of one rank's micro-batches."""
+    loader = DataLoader(_Positioned(dataset), batch_sampler=sampler, num_workers=workers, collate_fn=collate,
+                        pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+    return iter(loader)
+
+
+class FrozenCache(Dataset):
+    """A data set held in memory together with what the frozen networks make of it.
+
+    Worth it where the same few thousand images are seen many times, as in the toy world: encoding an
+    image costs more than a training step on it. Every image keeps the crop of its first epoch.
+
+    Args:
+        dataset: what to hold; encode: images (B, 3, H, W) in [0, 1] → {name: (B, …)}.
+        progress: wraps the iterable of chunks (a progress bar).
+    """
+
+    def __init__(self, dataset: Dataset, encode, progress=lambda chunks: chunks, chunk: int = 256):
+        self.names, images, parts = [], [], []
+        self.unreadable: list[list[str]] = []
+        for start in progress(range(0, len(dataset), chunk)):
+            items = [dataset[(i, 0)] for i in range(start, min(start + chunk, len(dataset)))]
+            stacked = torch.stack([item["image"] for item in items])  # (chunk, 3, H, W)
+            images.append((stacked * 255).round().to(torch.uint8))
+            parts.append({k: v.cpu() for k, v in encode(stacked).items()})
+            self.names += [item["name"] for item in items]
+            self.unreadable += [item.get("unreadable", []) for item in items]
+        self.images = torch.cat(images)
+        self.frozen = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, key: Key) -> dict:
+        index, _ = key
+        return {"image": self.images[index].float() / 255, "name": self.names[index],
+                "unreadable": self.unreadable[index], **{f"frozen/{k}": v[index] for k, v in self.frozen.items()}}

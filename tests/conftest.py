@@ -1,0 +1,63 @@
+"""Shared by all tests: small models, one thread count, the repository on the path."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from autoencoders import VAE, AutoencoderConfig  # noqa: E402
+from flow_denoiser import FlowDenoiser, FlowDenoiserConfig  # noqa: E402
+
+TINY_DENOISER = FlowDenoiserConfig(latent_channels=4, width=32, heads=2, axes=(4, 6, 6), double_blocks=1,
+                                   single_blocks=2, vector_dim=12, context_dim=20, guidance=True)
+TINY_VAE = AutoencoderConfig(base_channels=4, channel_multipliers=(1, 1, 2, 2), blocks_per_level=1,
+                             latent_channels=4, groups=2, shift=0.1, scale=0.8)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _same_attention_everywhere():
+    """As train.py sets it: PyTorch's inference path for attention rounds differently."""
+    torch.backends.mha.set_fastpath_enabled(False)
+
+
+@pytest.fixture
+def tiny_denoiser():
+    torch.manual_seed(0)
+    return FlowDenoiser(TINY_DENOISER)
+
+
+@pytest.fixture
+def tiny_vae():
+    torch.manual_seed(0)
+    return VAE(TINY_VAE).eval().requires_grad_(False)
+
+
+TINY_CLIP = {"embed_dim": 24,
+             "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+             "text_cfg": {"context_length": 16, "vocab_size": 60, "width": 32, "heads": 2, "layers": 1}}
+
+
+@pytest.fixture
+def make_genhancer():
+    """A whole GenHancer of a few thousand parameters; keywords go to its constructor."""
+    import open_clip
+
+    from genhancer import ClipInfo, GenHancer
+
+    def make(**settings):
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(**TINY_CLIP).eval()
+        info = ClipInfo("tiny", TINY_CLIP, (0.5, 0.4, 0.3), (0.25, 0.25, 0.25))
+        vae = VAE(TINY_VAE).eval().requires_grad_(False)
+        return GenHancer(clip, info, vae, FlowDenoiser(TINY_DENOISER), **settings)
+
+    return make

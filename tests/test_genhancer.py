@@ -1,0 +1,273 @@
+"""genhancer.py: who learns, what the loss may depend on, the two normalisations, loading CLIPs."""
+
+import json
+
+import open_clip
+import pytest
+import timm
+import torch
+from conftest import TINY_CLIP
+from safetensors.torch import save_file
+
+import genhancer as gh
+from lora import lora_layers
+
+
+def images(n=4):
+    return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def draws(model, n=4, first=0):
+    return model.draw([torch.Generator().manual_seed(first + i) for i in range(n)])
+
+
+def grads(model):
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+# -- who learns ----------------------------------------------------------------------------------
+def test_stage1_gradients(make_genhancer):
+    """Alg. 1, line 7: only φ and ω. Nothing in CLIP, nothing in the VAE."""
+    model = make_genhancer()
+    model.start_stage1()
+    model.train()
+    model(images(), draws(model))["loss"].backward()
+    touched = grads(model)
+    assert touched and all(n.startswith(("denoiser.", "project_vector.", "project_context.")) for n in touched)
+    assert {n.split(".")[0] for n in touched} == {"denoiser", "project_vector", "project_context"}
+    assert not model.visual.training and not model.vae.training
+
+
+@pytest.mark.parametrize("tuning", ["lora", "direct"])
+@pytest.mark.parametrize("trains", ["only", "all"])
+def test_stage2_gradients(make_genhancer, trains, tuning):
+    """Alg. 1, line 16: θ, and φ and ω only if asked."""
+    model = make_genhancer()
+    model.start_stage2(trains, tuning, rank=4)
+    for _, layer in lora_layers(model.visual):
+        for adapter in layer.adapters.values():
+            torch.nn.init.normal_(adapter.B, std=0.05)
+    model.train()
+    model(images(), draws(model))["loss"].backward()
+    parts = {n.split(".")[0] for n in grads(model)}
+    expected = {"visual"} | ({"denoiser", "project_vector", "project_context"} if trains == "all" else set())
+    assert parts == expected
+    inside = {n for n in grads(model) if n.startswith("visual.")}
+    if tuning == "lora":
+        assert all(n.endswith((".A", ".B", "bias")) for n in inside)
+        assert all(p.grad is None for p in model.original.parameters())
+    else:
+        assert {"visual.conv1.weight", "visual.class_embedding", "visual.proj"} <= inside
+
+
+def test_no_local_token_leaks(make_genhancer):
+    """With ratio 0 the patch tokens reach the loss through [CLS] alone.
+
+    The last block's patch outputs feed nothing but themselves: replacing them after the last block
+    must leave the loss bit-equal, while replacing the class token there must change it.
+    """
+    model = make_genhancer()
+    model.start_stage2(rank=4)
+    model.eval()
+    before = model(images(), draws(model))["per_image"]
+
+    def overwrite(rows):
+        def hook(module, args, output):
+            output = output.clone()
+            output[:, rows] = torch.randn_like(output[:, rows])
+            return output
+        return hook
+
+    last = model.visual.transformer.resblocks[-1]
+    handle = last.register_forward_hook(overwrite(slice(1, None)))
+    assert torch.equal(model(images(), draws(model))["per_image"], before)
+    handle.remove()
+    handle = last.register_forward_hook(overwrite(slice(0, 1)))
+    assert not torch.allclose(model(images(), draws(model))["per_image"], before)
+    handle.remove()
+
+
+@pytest.mark.parametrize("ratio, tokens", [(0, 1), (10, 1 + 2), (50, 1 + 8), (100, 1 + 16)])
+def test_local_ratio_counts_tokens(make_genhancer, ratio, tokens):
+    model = make_genhancer(local_ratio=ratio)
+    context, vector, _ = model.condition(images(), draws(model).local_order)
+    assert context.shape == (4, tokens, 20) and vector.shape == (4, 12)
+
+
+def test_local_tokens_are_drawn_per_image_and_matter(make_genhancer):
+    model = make_genhancer(local_ratio=50)
+    d = draws(model)
+    assert not torch.equal(d.local_order[0], d.local_order[1])
+    assert sorted(d.local_order[0].tolist()) == list(range(16))
+    before = model(images(), d)["per_image"]
+    handle = model.visual.transformer.resblocks[-1].register_forward_hook(
+        lambda m, a, out: torch.cat([out[:, :1], torch.randn_like(out[:, 1:])], 1))
+    assert not torch.allclose(model(images(), d)["per_image"], before)
+    handle.remove()
+
+
+# -- the loss ------------------------------------------------------------------------------------
+def test_normalises_twice(make_genhancer):
+    """CLIP gets its own mean and std, the VAE gets [-1, 1], of one and the same picture."""
+    model = make_genhancer()
+    seen = {}
+    model.visual.register_forward_pre_hook(lambda m, args: seen.update(clip=args[0]))
+    model.vae.encoder.register_forward_pre_hook(lambda m, args: seen.update(vae=args[0]))
+    x = images()
+    model(x, draws(model))
+    mean = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
+    assert torch.allclose(seen["clip"], (x - mean) / 0.25) and torch.allclose(seen["vae"], x * 2 - 1)
+
+
+def test_cached_frozen_parts_change_nothing(make_genhancer):
+    model = make_genhancer()
+    frozen = model.frozen(images())
+    model.start_stage1()
+    assert torch.equal(model(images(), draws(model))["loss"], model(images(), draws(model), frozen)["loss"])
+    model.start_stage2(rank=2)
+    model.eval()
+    a = model(images(), draws(model), measure_drift=True)
+    b = model(images(), draws(model), frozen, measure_drift=True)
+    assert torch.equal(a["loss"], b["loss"]) and torch.equal(a["drift"], b["drift"])
+
+
+def test_condition_matters(make_genhancer):
+    model = make_genhancer()
+    frozen = model.frozen(images())
+    other = {**frozen, "original": frozen["original"].flip(0)}
+    model.start_stage1()
+    assert not torch.allclose(model(images(), draws(model), frozen)["per_image"],
+                              model(images(), draws(model), other)["per_image"])
+
+
+def test_draws_belong_to_the_image_not_to_the_batch(make_genhancer):
+    """The loss of an image is the same alone and in a batch: what makes ranks exchangeable."""
+    model = make_genhancer(local_ratio=25)
+    whole = model(images(), draws(model))["per_image"]
+    alone = model(images()[2:3], draws(model, 1, first=2))["per_image"]
+    assert torch.allclose(whole[2:3], alone, atol=1e-5)
+
+
+def test_drift_term(make_genhancer):
+    """Eq. (5): zero at step 0, weighted into the loss by λ, logged as 1 − cos."""
+    model = make_genhancer(drift_weight=3.0)
+    model.start_stage2(rank=4)
+    model.eval()
+    start = model(images(), draws(model))
+    assert start["drift"].abs().max() <= 1e-6
+    assert float(start["loss"].detach()) == pytest.approx(float(start["per_image"].mean()), abs=1e-5)
+    for _, layer in lora_layers(model.visual):
+        for adapter in layer.adapters.values():
+            torch.nn.init.normal_(adapter.B, std=0.2)
+    moved = model(images(), draws(model))
+    features, original = model.frozen(images())["original"], model.condition(images())[2]
+    by_hand = 1 - torch.nn.functional.cosine_similarity(features, original, dim=-1)
+    assert torch.allclose(moved["drift"], by_hand.detach(), atol=1e-6) and by_hand.min() > 1e-4
+    expected = moved["per_image"].mean() + 3.0 * by_hand.mean()
+    assert float(moved["loss"].detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+
+
+def test_mean_instead_of_posterior_sample(make_genhancer):
+    model = make_genhancer(sample_posterior=False)
+    d = draws(model)
+    before = model(images(), d)["loss"]
+    d.posterior = d.posterior + 100
+    assert torch.equal(model(images(), d)["loss"], before)
+    sampling = make_genhancer()
+    assert not torch.equal(sampling(images(), d)["loss"], before)
+
+
+def test_stage1_learns(make_genhancer):
+    model = make_genhancer()
+    model.start_stage1()
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(images(), draws(model))["loss"]
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.6 * losses[0], (losses[0], losses[-1])
+
+
+def test_reconstruct(make_genhancer):
+    kept, sample = make_genhancer().reconstruct(images(), steps=3)
+    for picture in (kept, sample):
+        assert picture.shape == (4, 3, 32, 32) and 0 <= picture.min() and picture.max() <= 1
+
+
+# -- towers --------------------------------------------------------------------------------------
+def test_global_token_is_the_unnormalised_projected_class_token():
+    clip = open_clip.CLIP(**TINY_CLIP).eval()
+    token, patches = gh.encode_visual(clip.visual, images(), local=True)
+    assert torch.equal(token, clip.encode_image(images(), normalize=False))
+    assert patches.shape == (4, 16, 32) and not clip.visual.output_tokens
+    assert not torch.allclose(token.norm(dim=-1), torch.ones(4))
+
+
+def test_siglip_style_trunk():
+    from open_clip.timm_model import TimmModel
+
+    tower = TimmModel("vit_tiny_patch16_224", embed_dim=0, pool="map", proj="none").eval()
+    assert isinstance(tower.trunk, timm.models.vision_transformer.VisionTransformer)
+    x = torch.rand(2, 3, 224, 224)
+    token, patches = gh.encode_visual(tower, x, local=True)
+    assert torch.allclose(token, gh.encode_visual(tower, x)[0], atol=1e-5)
+    assert patches.shape == (2, 196, 192) and token.shape == (2, 192)
+
+
+def write_clip(path, config=TINY_CLIP):
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**config)
+    save_file(clip.state_dict(), path)
+    info = gh.ClipInfo("x", config, (0.5,) * 3, (0.25,) * 3)
+    path.with_suffix(".json").write_text(json.dumps(info.open_clip_config()))
+    return clip.eval()
+
+
+def test_load_clip_from_file_and_folder(tmp_path):
+    clip = write_clip(tmp_path / "clip.safetensors")
+    loaded, info = gh.load_clip(str(tmp_path / "clip.safetensors"))
+    assert torch.equal(loaded.encode_image(images()), clip.encode_image(images())) and info.image_size == 32
+    folder = tmp_path / "enhanced"
+    folder.mkdir()
+    (tmp_path / "clip.safetensors").rename(folder / "open_clip_model.safetensors")
+    (tmp_path / "clip.json").rename(folder / "open_clip_config.json")
+    again, _ = gh.load_clip(str(folder))
+    theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    assert torch.equal(again.encode_image(images()), theirs.eval().encode_image(images()))
+
+
+@pytest.mark.parametrize("name, message", [
+    ("ViT-L-99:openai", "not an open_clip model name"), ("ViT-B-32", "add the weights"),
+    ("ViT-B-32:no_such_tag", "could not load"), ("nowhere.safetensors", "is missing")])
+def test_unknown_clips_are_named(name, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        gh.load_clip(name)
+
+
+def test_weights_of_another_architecture(tmp_path):
+    write_clip(tmp_path / "clip.safetensors")
+    other = {**TINY_CLIP, "embed_dim": 48}
+    config = gh.ClipInfo("x", other, (0.5,) * 3, (0.25,) * 3).open_clip_config()
+    (tmp_path / "clip.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="do not make a model"):
+        gh.load_clip(str(tmp_path / "clip.safetensors"))
+    (tmp_path / "clip.json").write_text("{")
+    with pytest.raises(ValueError, match="do not make a model"):
+        gh.load_clip(str(tmp_path / "clip.safetensors"))
+
+
+@pytest.mark.parametrize("settings, message", [({"local_ratio": 101.0}, "percentage"), ({"local_ratio": -1}, "percent")])
+def test_parts_that_do_not_fit(make_genhancer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_genhancer(**settings)
+
+
+def test_wrong_choices_are_refused(make_genhancer):
+    with pytest.raises(ValueError, match="'only' or 'all'"):
+        make_genhancer().start_stage2(trains="some")
+    with pytest.raises(ValueError, match="'lora' or 'direct'"):
+        make_genhancer().start_stage2(tuning="prefix")

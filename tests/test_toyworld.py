@@ -1,0 +1,127 @@
+"""toyworld.py: the reporting bias, the drawing, the captions, the benchmark, the shipped weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import toyworld as toy
+
+
+def test_nine_patterns_in_the_papers_order():
+    assert list(toy.PATTERNS) == ["Orientation", "Presence", "State", "Quantity", "Spatial", "Color",
+                                  "Structural Character", "Text", "Camera Perspective"]
+
+
+def test_every_attribute_is_mentioned_for_some_subjects_only():
+    for pattern in toy.PATTERNS:
+        told = toy.mentioned_subjects(pattern)
+        assert len(set(told)) == toy.MENTIONED_PER_PATTERN < len(toy.SUBJECTS)
+    shares = [sum(s in toy.mentioned_subjects(p) for p in toy.PATTERNS) for s in toy.SUBJECTS]
+    assert min(shares) >= 1, "no subject is left without words"
+
+
+def test_captions_never_mention_what_they_may_not():
+    rng = np.random.default_rng(0)
+    words = {p: {w for t in v.values() for w in t.replace("{}", "").split()} - {"a", "with", "without"}
+             for p, v in toy.PATTERNS.items()}
+    said = dict.fromkeys(toy.PATTERNS, 0)
+    for _ in range(3000):
+        scene = toy.random_scene(rng)
+        text = set(toy.caption(scene, rng, 0.7).split())
+        for pattern, own in words.items():
+            if text & own and not (pattern == "Spatial" and not text & {"above", "below"}):
+                assert scene.subject in toy.mentioned_subjects(pattern), (pattern, text)
+                said[pattern] += 1
+    # 2 of 8 subjects, mentioned with probability 0.7: 17.5 % of captions.
+    assert all(0.14 < n / 3000 < 0.21 for n in said.values()), said
+
+
+def test_drawing_is_repeatable_and_every_attribute_is_visible():
+    """Changing one attribute, with the same nuisance, must change pixels; nothing else may."""
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        scene = toy.random_scene(rng)
+        image = toy.draw(scene, np.random.default_rng(7))
+        assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+        assert np.array_equal(image, toy.draw(scene, np.random.default_rng(7)))
+        for pattern, values in toy.PATTERNS.items():
+            other = next(v for v in values if v != scene[pattern])
+            changed = toy.draw(scene.replace(pattern, other), np.random.default_rng(7))
+            assert np.abs(changed.astype(int) - image).max() > 60, (pattern, scene)
+
+
+def test_left_is_the_mirror_of_right():
+    """Every silhouette must face somewhere: no subject may equal its mirror image."""
+    for subject in toy.SUBJECTS:
+        values = tuple(next(iter(v)) for v in toy.PATTERNS.values())
+        scene = toy.Scene(subject, values).replace("Presence", "bare")
+        left = toy.draw(scene.replace("Orientation", "left"), np.random.default_rng(3))
+        right = toy.draw(scene.replace("Orientation", "right"), np.random.default_rng(3))
+        assert np.abs(left.astype(int) - right).mean() > 1, subject
+
+
+def test_scenes_are_a_function_of_seed_and_index():
+    a, b = toy.ToyScenes(10, seed=4), toy.ToyScenes(99, seed=4)
+    assert torch.equal(a[(3, 0)]["image"], b[(3, 5)]["image"])
+    assert not torch.equal(a[(3, 0)]["image"], toy.ToyScenes(10, seed=5)[(3, 0)]["image"])
+    assert a[(3, 0)]["image"].shape == (3, 64, 64) and a[(3, 0)]["image"].max() <= 1
+
+
+def test_tokenizer():
+    tokenizer = toy.ToyTokenizer()
+    rows = tokenizer(["a photo of fish", "a photo of two tall red fish facing left"])
+    assert rows.shape == (2, toy.ToyTokenizer.context_length) and rows.dtype == torch.long
+    assert (rows.argmax(1) == torch.tensor([5, 10])).all(), "the end token is the largest id"
+    assert rows.max() < tokenizer.vocab_size
+    with pytest.raises(ValueError, match="no word 'dog'"):
+        tokenizer("a photo of dog")
+
+
+def test_longest_captions_and_statements_fit():
+    tokenizer, rng = toy.ToyTokenizer(), np.random.default_rng(0)
+    tokenizer([toy.caption(toy.random_scene(rng), rng, 1.0) for _ in range(2000)])
+    for mentioned in (True, False):
+        tokenizer([f"{toy.PREFIX} {s}" for pair in toy.benchmark(mentioned, 8) for s in pair.statements])
+
+
+@pytest.mark.parametrize("mentioned", [True, False])
+def test_benchmark_pairs(mentioned):
+    pairs = toy.benchmark(mentioned, 12, seed=3)
+    assert len(pairs) == 9 * 12
+    assert [i for p in pairs for i in p.ids] == list(range(1, 2 * 9 * 12 + 1))
+    for pair in pairs:
+        assert pair.statements[0] != pair.statements[1]
+        subjects = [s for s in toy.SUBJECTS if s in pair.statements[0].split()]
+        assert len(subjects) == 1 and subjects[0] in pair.statements[1].split()
+        assert (subjects[0] in toy.mentioned_subjects(pair.pattern)) == mentioned
+        assert not np.array_equal(*pair.images)
+    again, other = toy.benchmark(mentioned, 12, seed=3), toy.benchmark(mentioned, 12, seed=4)
+    assert all(np.array_equal(a.images[0], b.images[0]) for a, b in zip(pairs, again, strict=True))
+    assert not all(np.array_equal(a.images[0], b.images[0]) for a, b in zip(pairs, other, strict=True))
+
+
+def test_shipped_weights_load_and_are_small():
+    from autoencoders import load_vae
+    from genhancer import load_clip
+
+    files = list(toy.TOY_DIR.glob("*.safetensors"))
+    assert sum(f.stat().st_size for f in files) <= 12e6
+    clip, info = load_clip(str(toy.TOY_DIR / "clip.safetensors"))
+    vae = load_vae(toy.TOY_DIR / "vae.safetensors")
+    assert info.image_size == 64 and vae.config.downsampling == 8
+    world = toy.ToyScenes(256, seed=77)
+    images = torch.stack([world[(i, 0)]["image"] for i in range(256)])
+    latents = vae.encode(images * 2 - 1)
+    assert abs(float(latents.mean())) < 0.1 and 0.9 < float(latents.std()) < 1.1, "shift and scale fit"
+    psnr = 10 * torch.log10(4 / (vae.decode(latents) - (images * 2 - 1)).square().mean())
+    assert psnr > 22
+
+
+def test_pretraining_record_says_how_and_what():
+    record = json.loads((toy.TOY_DIR / "PRETRAINING.json").read_text())
+    for part in ("clip", "vae"):
+        assert {"command", "seed", "torch", "minutes", "steps", "date"} <= record[part].keys()
+    assert record["clip"]["mentioned"]["Average"] - record["clip"]["unmentioned"]["Average"] > 15
+    assert record["clip"]["subject_zero_shot"] > 90

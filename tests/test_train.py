@@ -1,0 +1,268 @@
+"""train.py end to end at tiny size: runs, resumes bit-equal, refuses what does not fit."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+import checkpoints as ckpt
+import toyworld
+from genhancer import load_clip
+
+TINY = ["--toy_images", "48", "--width", "32", "--heads", "2", "--rope_axes", "4,6,6", "--vector_dim", "12",
+        "--context_dim", "20", "--batch", "16", "--micro_batch", "16", "--warmup", "2", "--stage1_steps", "6",
+        "--stage2_steps", "4", "--log_every", "3", "--save_every", "2", "--sample_every", "100", "--lora_rank", "4"]
+TIMES = {"images_per_s", "memory_gb"}  # the only fields of a metrics line that may differ between equal runs
+
+
+def train(runs, name, *extra, tiny=TINY):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), "--runs", str(runs), "--name", name, *tiny,
+                           *map(str, extra)], capture_output=True, text=True, cwd=ROOT)
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def tensors(run, stage):
+    return load_file(ckpt.checkpoints_in(run / f"stage{stage}")[-1] / "trained.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """One undisturbed run of both stages; other tests compare with it or go on from it."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = train(runs, "straight")
+    assert done.returncode == 0, done.stderr
+    return runs / "straight"
+
+
+def test_what_a_run_leaves_behind(straight):
+    assert {p.name for p in straight.iterdir()} == {"config.json", "metrics.jsonl", "stage1", "stage2", "samples",
+                                                    "enhanced"}
+    lines = metrics(straight)
+    assert [(line["stage"], line["step"]) for line in lines] == [(1, 3), (1, 6), (2, 3), (2, 4)]
+    assert {"images", "loss", "loss_per_t_bin", "lr", "gradient_norm"} <= lines[0].keys()
+    assert "drift" not in lines[0] and "drift" in lines[-1] and len(lines[0]["loss_per_t_bin"]) == 10
+    config = json.loads((straight / "config.json").read_text())
+    assert config["settings"]["stage1_steps"] == 6 and config["versions"]["torch"] == torch.__version__
+    grid = Image.open(straight / "samples" / "stage1_step000006.png")
+    assert np.asarray(grid).std() > 10
+    names = [p.name for p in ckpt.checkpoints_in(straight / "stage1")]
+    assert names == ["step_00000004", "step_00000006"], "the newest two are kept"
+
+
+def test_checkpoints_hold_what_trains_and_nothing_else(straight):
+    assert {n.split(".")[0] for n in tensors(straight, 1)} == {"denoiser", "project_vector", "project_context"}
+    stage2 = tensors(straight, 2)
+    assert all(n.startswith("visual.") and n.endswith((".A", ".B", "bias")) for n in stage2)
+
+
+def test_enhanced_model_loads_everywhere(straight):
+    folder = straight / "enhanced"
+    ours, _ = load_clip(str(folder))
+    theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    original, _ = load_clip(str(toyworld.TOY_DIR / "clip.safetensors"))
+    images = torch.rand(4, 3, 64, 64)
+    assert torch.equal(ours.encode_image(images), theirs.eval().encode_image(images))
+    assert not torch.equal(ours.encode_image(images), original.encode_image(images)), "stage 2 changed the tower"
+    text = toyworld.ToyTokenizer()(["a photo of fish"])
+    assert torch.equal(ours.encode_text(text), original.encode_text(text)), "and left the text tower alone"
+    assert ours.state_dict().keys() == original.state_dict().keys()
+    assert "| 2 | 4 |" in (folder / "README.md").read_text()
+
+
+def test_stop_and_resume_is_bit_equal(straight, tmp_path):
+    """Stage 1 stopped after 4 steps of 6 and stage 2 after 2 of 4, by removing what came later."""
+    assert train(tmp_path, "stopped").returncode == 0
+    run = tmp_path / "stopped"
+    for stage, last in ((1, "step_00000006"), (2, "step_00000004")):
+        before = tensors(run, stage)
+        __import__("shutil").rmtree(run / f"stage{stage}" / last)
+        if stage == 1:
+            __import__("shutil").rmtree(run / "stage2")
+        done = train(tmp_path, "stopped")
+        assert done.returncode == 0, done.stderr
+        assert equal(tensors(run, stage), before)
+    for stage in (1, 2):
+        assert equal(tensors(run, stage), tensors(straight, stage))
+        state = [torch.load(ckpt.checkpoints_in(r / f"stage{stage}")[-1] / "optimizer.pt", weights_only=True)
+                 for r in (run, straight)]
+        for index, values in state[0]["state"].items():
+            assert all(torch.equal(v, state[1]["state"][index][k]) for k, v in values.items())
+    assert metrics(run) == metrics(straight)
+
+
+def test_a_kill_in_mid_run_loses_nothing(straight, tmp_path):
+    """SIGKILL as soon as the first checkpoint is there; then the same command again."""
+    command = [sys.executable, str(ROOT / "train.py"), "--runs", str(tmp_path), "--name", "killed", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    import time
+    deadline = time.time() + 120
+    while not ckpt.checkpoints_in(tmp_path / "killed" / "stage1") and time.time() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "enhanced").exists()
+    assert train(tmp_path, "killed").returncode == 0
+    assert all(equal(tensors(tmp_path / "killed", s), tensors(straight, s)) for s in (1, 2))
+    assert metrics(tmp_path / "killed") == metrics(straight)
+
+
+def test_stages_one_by_one_equal_both(straight, tmp_path):
+    assert train(tmp_path, "s", "--stage", "1").returncode == 0
+    assert not (tmp_path / "s" / "stage2").exists()
+    assert train(tmp_path, "s", "--stage", "2").returncode == 0
+    assert all(equal(tensors(tmp_path / "s", stage), tensors(straight, stage)) for stage in (1, 2))
+
+
+def test_accumulation_and_cache_change_next_to_nothing(straight, tmp_path):
+    """The same global batch in four pieces, and without the cache, up to rounding."""
+    assert train(tmp_path, "a", "--stage", "1", "--micro_batch", "4").returncode == 0
+    assert train(tmp_path, "b", "--stage", "1", "--no-cache").returncode == 0
+    for name in "ab":
+        for key, value in tensors(straight, 1).items():
+            assert torch.allclose(tensors(tmp_path / name, 1)[key], value, atol=2e-4), (name, key)
+
+
+ABLATIONS = {
+    "all": ["--stage2_trains", "all"], "direct": ["--tuning", "direct"], "local": ["--local_ratio", "50"],
+    "uniform": ["--time_distribution", "uniform"], "scale": ["--time_scale", "5"], "drift": ["--drift_weight", "0.2"],
+    "mean": ["--no-posterior"], "blocks": ["--blocks", "2"], "init": ["--initialisation", "pytorch"],
+    "guidance": ["--guidance"], "no bias": ["--lora_bias", "none"], "constant": ["--schedule", "constant"],
+    "seed": ["--seed", "1"]}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_flag_changes_the_run(straight, tmp_path, name):
+    tiny = [*TINY, "--stage1_steps", "3", "--stage2_steps", "3"]
+    done = train(tmp_path, "x", *ABLATIONS[name], tiny=tiny)
+    assert done.returncode == 0, done.stderr
+    changed = metrics(tmp_path / "x")[-1]
+    assert np.isfinite(changed["loss"]) and changed["stage"] == 2
+    base = metrics(straight)[2]
+    assert (changed["loss"], changed["drift"], changed["gradient_norm"]) != (
+        base["loss"], base["drift"], base["gradient_norm"])
+
+
+def test_end_to_end_has_no_stage_1(tmp_path):
+    done = train(tmp_path, "e", "--end_to_end")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "e"
+    assert not (run / "stage1").exists()
+    assert {"visual", "denoiser", "project_vector", "project_context"} == {n.split(".")[0] for n in tensors(run, 2)}
+
+
+def test_stage1_from_another_run(straight, tmp_path):
+    done = train(tmp_path, "other", "--stage1_from", straight)
+    assert done.returncode == 0, done.stderr
+    assert equal(tensors(tmp_path / "other", 2), tensors(straight, 2))
+
+
+def photos(folder, count=12):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (70, 90, 3), np.uint8)).save(folder / f"{i:02d}.jpg")
+    return folder
+
+
+def test_pictures_from_a_folder_with_a_broken_one(tmp_path):
+    folder = photos(tmp_path / "photos", 60)
+    (folder / "05.jpg").write_bytes(b"broken")
+    done = train(tmp_path, "photos", "--data", folder)
+    assert done.returncode == 0, done.stderr
+    assert "05.jpg" in done.stderr + done.stdout
+    assert metrics(tmp_path / "photos")[-1]["unreadable"] >= 1
+
+
+def test_real_photographs_both_stages(tmp_path):
+    """The shared COCO photographs, where they are: the same code, and the loss falls."""
+    folder = ROOT.parent / "shared" / "data" / "photos"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data/photos here")
+    tiny = [*TINY, "--stage1_steps", "60", "--stage2_steps", "10", "--log_every", "10", "--save_every", "60"]
+    done = train(tmp_path, "real", "--data", folder, tiny=tiny)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in metrics(tmp_path / "real") if line["stage"] == 1]
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+
+
+WRONG = {
+    "missing folder": (["--data", "/nowhere"], "no folder and no file /nowhere"),
+    "mistyped flag": (["--blokcs", "3"], "did you mean --blocks"),
+    "mistyped preset": (["--preset", "tyo"], "invalid choice: 'tyo'"),
+    "not a number": (["--batch", "many"], "invalid int value"),
+    "missing CLIP": (["--clip", "gone.safetensors"], "is missing"),
+    "missing VAE": (["--vae", "gone.safetensors"], "no file gone.safetensors"),
+    "CLIP given as VAE": (["--vae", str(toyworld.TOY_DIR / "clip.safetensors")], "first mismatch"),
+    "bad RoPE": (["--rope_axes", "8,8"], "RoPE axes"),
+    "words for RoPE": (["--rope_axes", "a,b,c"], "expected three numbers"),
+    "bad ratio": (["--local_ratio", "200"], "percentage"),
+    "bad scale": (["--time_scale", "0"], "must be positive"),
+    "uneven batch": (["--batch", "10", "--micro_batch", "4"], "no multiple"),
+    "stage 2 without stage 1": (["--stage", "2"], "needs stage 1"),
+    "no such other run": (["--stage1_from", "/nowhere"], "holds no checkpoint"),
+    "end to end stage 1": (["--end_to_end", "--stage", "1"], "has no stage 1"),
+    "zero batch": (["--batch", "0"], "at least 1"),
+    "negative steps": (["--stage1_steps", "-1"], "at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_exit_2(tmp_path, case):
+    flags, message = WRONG[case]
+    done = train(tmp_path, "x", *flags)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and message in last, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_full_size_presets_say_what_is_missing(tmp_path):
+    done = train(tmp_path, "x", tiny=["--preset", "openai-l14-224"])
+    assert done.returncode == 2 and "--vae is missing" in done.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--width", "64", "--rope_axes", "8,12,12"], "another architecture (denoiser.axes"),
+    (["--stage1_lr", "1e-5"], "another settings (stage1_lr"),
+    (["--seed", "3"], "another settings (seed"),
+])
+def test_going_on_with_other_settings_is_refused(straight, flags, message):
+    done = train(straight.parent, "straight", *flags)
+    assert done.returncode == 2 and message in done.stderr.replace("\n", " ")
+
+
+def test_stage2_refuses_stage1_of_another_architecture_by_name(straight, tmp_path):
+    done = train(tmp_path, "x", "--stage", "2", "--stage1_from", straight, "--vector_dim", "16")
+    assert done.returncode == 2 and "another architecture: denoiser.vector_dim: 12 → 16" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    assert train(tmp_path, "d", "--stage", "1").returncode == 0
+    file = ckpt.checkpoints_in(tmp_path / "d" / "stage1")[-1] / "trained.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    done = train(tmp_path, "d", "--stage", "2")
+    assert done.returncode == 2 and "is damaged" in done.stderr and "delete this folder" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    done = train(tmp_path, "n", "--stage1_lr", "1e30", "--stage", "1")
+    assert done.returncode == 2 and "not finite" in done.stderr and "toy scene" in done.stderr
+
+
+def test_help_names_every_flag_and_an_example():
+    done = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--drift_weight" in done.stdout and "torchrun" in done.stdout
