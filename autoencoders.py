@@ -15,8 +15,8 @@ levels) are arguments.
     decoder:  conv_in → mid → up.(n-1) … up.0 → norm, swish, conv_out
 
 Conventions, stated once: images enter in **[-1, 1]**; latents leave *normalised*,
-``z = (latent − shift) · scale``, near zero mean and unit variance, because rectified flow mixes them
-with unit Gaussian noise (Eq. 1) and its timestep schedule presumes comparable sizes.
+``z = (latent − shift) · scale``, near zero mean and unit variance, because rectified flow mixes
+them with unit Gaussian noise (Eq. 1) and its timestep schedule presumes comparable sizes.
 
 Letters: B batch, H W image height and width, C latent channels, h w latent height and width
 (H/f, W/f for a downsampling factor f). This module imports nothing of this project: copy it freely.
@@ -63,8 +63,13 @@ class AutoencoderConfig:
 FLUX_VAE = AutoencoderConfig()
 # Toy scenes (64 px) become 8×8×32 latents, so 16 tokens after the denoiser's 2×2 patches: one per
 # CLIP patch. Shift and scale come with the weights, in their JSON.
-TOY_VAE = AutoencoderConfig(base_channels=8, channel_multipliers=(1, 2, 4, 8), blocks_per_level=1,
-                            latent_channels=32, groups=4)
+TOY_VAE = AutoencoderConfig(
+    base_channels=8,
+    channel_multipliers=(1, 2, 4, 8),
+    blocks_per_level=1,
+    latent_channels=32,
+    groups=4,
+)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,7 +114,8 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution. Padding right and below only is the family's habit; weights expect it."""
+    """Halve the resolution. Padding right and below only is the family's habit; weights expect
+    it."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -137,7 +143,9 @@ class Level(nn.Module):
         super().__init__()
         widths = [c_in] + [c_out] * blocks
         self.block = nn.ModuleList(ResidualBlock(a, c_out, groups) for a in widths[:-1])
-        self.attn = nn.ModuleList(AttentionBlock(c_out, groups) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(
+            AttentionBlock(c_out, groups) for _ in range(blocks if attention else 0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -170,7 +178,9 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, base, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([base] + widths[:-1], widths, strict=True)):
-            level = Level(c_in, c_out, config.blocks_per_level, groups, i in config.attention_levels)
+            level = Level(
+                c_in, c_out, config.blocks_per_level, groups, i in config.attention_levels
+            )
             if i < len(widths) - 1:
                 level.downsample = Downsample(c_out)
             self.down.append(level)
@@ -200,7 +210,9 @@ class Decoder(nn.Module):
         levels = []
         for i, c_out in enumerate(widths):
             c_in = widths[min(i + 1, len(widths) - 1)]
-            level = Level(c_in, c_out, config.blocks_per_level + 1, groups, i in config.attention_levels)
+            level = Level(
+                c_in, c_out, config.blocks_per_level + 1, groups, i in config.attention_levels
+            )
             if i > 0:
                 level.upsample = Upsample(c_out)
             levels.append(level)
@@ -234,7 +246,8 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] → raw posterior mean and log-variance, (B, C, h, w) each."""
+        """Images (B, 3, H, W) in [-1, 1] → raw posterior mean and log-variance, (B, C, h, w)
+        each."""
         mean, log_variance = self.encoder(images).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
@@ -268,14 +281,17 @@ def load_vae(path: str | Path, config: AutoencoderConfig = FLUX_VAE) -> VAE:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"VAE weights: no file {path}; FLUX.1's is ae.safetensors of its repository")
+        raise FileNotFoundError(
+            f"VAE weights: no file {path}; FLUX.1's is ae.safetensors of its repository"
+        )
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         state = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"VAE weights: {path} is not a whole safetensors file ({error}); "
-                         "download it again") from None
+        raise ValueError(
+            f"VAE weights: {path} is not a whole safetensors file ({error}); download it again"
+        ) from None
     if "autoencoder" in metadata:
         config = config_from_text(metadata["autoencoder"])
     with torch.device("meta"):
@@ -284,9 +300,14 @@ def load_vae(path: str | Path, config: AutoencoderConfig = FLUX_VAE) -> VAE:
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
         first = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
-        raise ValueError(f"VAE weights: {path} holds {len(found)} tensors, expected {len(expected)}; first mismatch "
-                         f"{first}: expected {expected.get(first, 'nothing')}, found {found.get(first, 'nothing')}")
-    # assign=True puts the file's tensors in place of the meta ones; toy weights ship in half precision.
+        raise ValueError(
+            f"VAE weights: {path} holds {len(found)} tensors, expected {len(expected)}; first "
+            "mismatch "
+            f"{first}: expected {expected.get(first, 'nothing')}, found "
+            f"{found.get(first, 'nothing')}"
+        )
+    # assign=True puts the file's tensors in place of the meta ones; toy weights ship in half
+    # precision.
     vae.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return vae.eval().requires_grad_(False)
 
@@ -302,4 +323,6 @@ def config_from_text(text: str) -> AutoencoderConfig:
     """The reverse; JSON has no tuples, so lists are turned back."""
     import json
 
-    return AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()})
+    return AutoencoderConfig(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+    )

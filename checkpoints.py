@@ -3,8 +3,9 @@
 A checkpoint is a folder ``step_00001000`` with
 
     trained.safetensors   every parameter that trains, and nothing else (the frozen parts are given)
-    optimizer.pt          AdamW's state; a torch file, so it is only ever read with weights_only=True
-    state.json            step, architecture, fingerprints of the frozen parts, settings, log window
+    optimizer.pt          AdamW's state; a torch file, so it is only ever read with
+    weights_only=True state.json            step, architecture, fingerprints of the frozen parts,
+    settings, log window
 
 No generator states: the randomness of a step is a pure function of (seed, step), see `Draws` in
 genhancer.py and `MicroBatches` in data.py.
@@ -37,11 +38,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """safetensors, written under a temporary name and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + f".tmp{os.getpid()}")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata
+    )
     os.replace(temporary, path)
 
 
@@ -54,8 +59,9 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_checkpoint(folder: Path, step: int, trained: dict[str, Tensor], optimizer: dict, state: dict,
-                    keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, trained: dict[str, Tensor], optimizer: dict, state: dict, keep: int
+) -> Path:
     """Write ``folder/step_XXXXXXXX`` and drop all but the newest `keep`."""
     target = folder / f"step_{step:08d}"
     temporary = folder / f"tmp_{target.name}_{os.getpid()}"
@@ -94,8 +100,11 @@ def read_trained(checkpoint: Path) -> dict[str, Tensor]:
     try:
         return load_file(checkpoint / "trained.safetensors")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {checkpoint}: trained.safetensors is damaged ({error}); delete this folder to "
-                         "go on from the one before") from None
+        raise ValueError(
+            f"checkpoint {checkpoint}: trained.safetensors is damaged ({error}); delete this "
+            "folder to "
+            "go on from the one before"
+        ) from None
 
 
 def read_optimizer(checkpoint: Path) -> dict:
@@ -103,8 +112,11 @@ def read_optimizer(checkpoint: Path) -> dict:
     try:
         return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged or hostile files
-        raise ValueError(f"checkpoint {checkpoint}: optimizer.pt cannot be read ({type(error).__name__}); delete this "
-                         "folder to go on from the one before") from None
+        raise ValueError(
+            f"checkpoint {checkpoint}: optimizer.pt cannot be read ({type(error).__name__}); "
+            "delete this "
+            "folder to go on from the one before"
+        ) from None
 
 
 def put(module: torch.nn.Module, tensors: dict[str, Tensor], names: set[str], what: str) -> None:
@@ -117,15 +129,19 @@ def put(module: torch.nn.Module, tensors: dict[str, Tensor], names: set[str], wh
         here = own.get(name) if name in names else None
         there = tensors.get(name)
         if here is None or there is None or here.shape != there.shape:
-            raise ValueError(f"{what}: {name} is {'absent' if there is None else tuple(there.shape)} in the checkpoint "
-                             f"and {'absent' if here is None else tuple(here.shape)} in this model")
+            raise ValueError(
+                f"{what}: {name} is {'absent' if there is None else tuple(there.shape)} in the "
+                "checkpoint "
+                f"and {'absent' if here is None else tuple(here.shape)} in this model"
+            )
     with torch.no_grad():
         for name in names:
             own[name].copy_(tensors[name])
 
 
 def first_difference(old: dict, new: dict, path: str = "") -> str | None:
-    """The first key at which two nested dicts differ, as "path: old → new"; None where they agree."""
+    """The first key at which two nested dicts differ, as "path: old → new"; None where they
+    agree."""
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         where = f"{path}{key}"

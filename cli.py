@@ -1,11 +1,12 @@
 """Commands: a dataclass becomes flags, and a user's mistake becomes one line.
 
-Every command of this project declares its settings once, as a dataclass whose fields carry their own
-help; the parser is derived from it, so no flag can exist without a meaning or a default.
+Every command of this project declares its settings once, as a dataclass whose fields carry their
+own help; the parser is derived from it, so no flag can exist without a meaning or a default.
 
-Whatever a user can get wrong ends with one line on stderr (what, where, what to do) and exit code 2.
-The modules raise ValueError or OSError with such a line; `run_command` prints it. Anything else is a
-bug of ours and keeps its traceback. Set GENHANCER_TRACEBACK=1 to see the traceback in every case.
+Whatever a user can get wrong ends with one line on stderr (what, where, what to do) and exit code
+2. The modules raise ValueError or OSError with such a line; `run_command` prints it. Anything else
+is a bug of ours and keeps its traceback. Set GENHANCER_TRACEBACK=1 to see the traceback in every
+case.
 """
 
 import argparse
@@ -33,13 +34,25 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parse_settings(cls: type, presets: dict[str, dict], description: str, example: str,
-                   arguments: Sequence[str] | None = None):
-    """Parse flags into `cls`. A preset replaces defaults; flags given by hand replace the preset's."""
-    parser = OneLineParser(description=description, epilog=example, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_settings(
+    cls: type,
+    presets: dict[str, dict],
+    description: str,
+    example: str,
+    arguments: Sequence[str] | None = None,
+):
+    """Parse flags into `cls`. A preset replaces defaults; flags given by hand replace the
+    preset's."""
+    parser = OneLineParser(
+        description=description,
+        epilog=example,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for field in dataclasses.fields(cls):
-        kind = field.type if isinstance(field.type, type) else typing.get_type_hints(cls)[field.name]
+        kind = (
+            field.type if isinstance(field.type, type) else typing.get_type_hints(cls)[field.name]
+        )
         choices = list(presets) if field.name == "preset" else field.metadata["choices"]
         text = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
         options = {"help": text, "default": argparse.SUPPRESS}
@@ -51,7 +64,9 @@ def parse_settings(cls: type, presets: dict[str, dict], description: str, exampl
             options["metavar"] = kind.__name__.upper()
         parser.add_argument(f"--{field.name}", **options)
     given = vars(parser.parse_args(arguments))
-    preset = given.get("preset", next(f.default for f in dataclasses.fields(cls) if f.name == "preset"))
+    preset = given.get(
+        "preset", next(f.default for f in dataclasses.fields(cls) if f.name == "preset")
+    )
     return cls(**{**presets[preset], "preset": preset, **given})
 
 
@@ -71,8 +86,13 @@ def run_command(main: Callable[[], None], saved: Callable[[], str] | None = None
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        _explain(name, MemoryError("not enough memory: lower --micro_batch (the global batch stays the same)"
-                                   + (f"; {saved()}" if saved else "")))
+        _explain(
+            name,
+            MemoryError(
+                "not enough memory: lower --micro_batch (the global batch stays the same)"
+                + (f"; {saved()}" if saved else "")
+            ),
+        )
 
 
 def _explain(name: str, error: BaseException) -> typing.NoReturn:

@@ -5,11 +5,14 @@ a data set here is a folder or a list of files and nothing else.
 
 Three promises, because a run that cannot be repeated cannot be believed:
 
-1. **The order is a pure function of (seed, position).** Position counts images since step 0; epoch e
-   is a permutation made from (seed, e). Resuming is arithmetic: no state is saved, none can be lost.
+1. **The order is a pure function of (seed, position).** Position counts images since step 0; epoch
+e
+   is a permutation made from (seed, e). Resuming is arithmetic: no state is saved, none can be
+   lost.
 2. **A global batch is the same set of images for any number of ranks and accumulation steps.**
    Ranks take disjoint slices of it. (In the official code every rank reads the same images.)
-3. **An unreadable picture never changes the batch size.** The next readable one stands in for it, the
+3. **An unreadable picture never changes the batch size.** The next readable one stands in for it,
+the
    name is reported, and more than 5 % of them end the run.
 
 Conventions: images leave as float RGB (3, size, size) in [0, 1]; the normalisations are the model's
@@ -43,12 +46,17 @@ def find_images(source: str | Path) -> list[Path]:
     if source.is_dir():
         files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
-            raise ValueError(f"data: no images ({', '.join(sorted(SUFFIXES))}) anywhere under folder {source}")
+            raise ValueError(
+                f"data: no images ({', '.join(sorted(SUFFIXES))}) anywhere under folder {source}"
+            )
         return files
     if not source.is_file():
         raise FileNotFoundError(f"data: no folder and no file {source}")
     if source.suffix.lower() in SUFFIXES | {".tar"}:
-        raise ValueError(f"data: {source} is one {source.suffix} file; give a folder, or a text file that lists images")
+        raise ValueError(
+            f"data: {source} is one {source.suffix} file; give a folder, or a text file that "
+            "lists images"
+        )
     try:
         lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
@@ -63,22 +71,28 @@ def find_images(source: str | Path) -> list[Path]:
 
 
 def load_rgb(path: Path) -> Image.Image:
-    """Decode to upright RGB: EXIF orientation applied, palette, CMYK, grey, alpha and 16 bit converted."""
+    """Decode to upright RGB: EXIF orientation applied, palette, CMYK, grey, alpha and 16 bit
+    converted."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip at 255
-            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+            image = Image.fromarray(
+                (np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8)
+            )
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 
-def random_resized_crop(image: Image.Image, size: int, scale_min: float, rng: np.random.Generator) -> Image.Image:
-    """torchvision's RandomResizedCrop(size, scale=(scale_min, 1), bicubic), from a generator of ours.
+def random_resized_crop(
+    image: Image.Image, size: int, scale_min: float, rng: np.random.Generator
+) -> Image.Image:
+    """torchvision's RandomResizedCrop(size, scale=(scale_min, 1), bicubic), from a generator of
+    ours.
 
-    Ten tries at a box with the drawn area and aspect ratio; else the largest central box whose ratio
-    is within [3/4, 4/3]. No flip: a mirrored "facing left" would teach the opposite.
+    Ten tries at a box with the drawn area and aspect ratio; else the largest central box whose
+    ratio is within [3/4, 4/3]. No flip: a mirrored "facing left" would teach the opposite.
     """
     width, height = image.size
     low, high = math.log(3 / 4), math.log(4 / 3)
@@ -104,7 +118,12 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, source: str | Path, size: int, scale_min: float = 0.9, seed: int = 0):
-        self.files, self.size, self.scale_min, self.seed = find_images(source), size, scale_min, seed
+        self.files, self.size, self.scale_min, self.seed = (
+            find_images(source),
+            size,
+            scale_min,
+            seed,
+        )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -116,14 +135,24 @@ class ImageFiles(Dataset):
             place = (index + attempt) % len(self.files)
             try:
                 image = load_rgb(self.files[place])
-            except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+            except (
+                OSError,
+                UnidentifiedImageError,
+                SyntaxError,
+                ValueError,
+                Image.DecompressionBombError,
+            ):
                 unreadable.append(str(self.files[place]))
                 continue
             rng = np.random.default_rng([self.seed, epoch, place])
             pixels = np.asarray(random_resized_crop(image, self.size, self.scale_min, rng))
-            tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255  # (3, size, size)
+            tensor = (
+                torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+            )  # (3, size, size)
             return {"image": tensor, "name": str(self.files[place]), "unreadable": unreadable}
-        raise ValueError(f"data: {len(unreadable)} images in a row cannot be read, from {unreadable[0]} on")
+        raise ValueError(
+            f"data: {len(unreadable)} images in a row cannot be read, from {unreadable[0]} on"
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -132,16 +161,27 @@ class ImageFiles(Dataset):
 class MicroBatches(Sampler[list[tuple[int, Key]]]):
     """One rank's micro-batches, from `start_step` on, without end.
 
-    Global batch s covers positions s·G … s·G + G − 1 of the endless stream of shuffled epochs. It is
-    cut into G / micro pieces, dealt to the ranks in turn. Yields lists of (position, key).
+    Global batch s covers positions s·G … s·G + G − 1 of the endless stream of shuffled epochs. It
+    is cut into G / micro pieces, dealt to the ranks in turn. Yields lists of (position, key).
 
     Raises: ValueError where the global batch does not divide evenly.
     """
 
-    def __init__(self, length: int, global_batch: int, micro_batch: int, rank: int = 0, ranks: int = 1,
-                 seed: int = 0, start_step: int = 0):
+    def __init__(
+        self,
+        length: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        ranks: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+    ):
         if global_batch % (micro_batch * ranks):
-            raise ValueError(f"global batch {global_batch} is no multiple of micro_batch {micro_batch} × {ranks} ranks")
+            raise ValueError(
+                f"global batch {global_batch} is no multiple of micro_batch {micro_batch} × "
+                f"{ranks} ranks"
+            )
         self.length, self.global_batch, self.micro = length, global_batch, micro_batch
         self.rank, self.ranks, self.seed, self.start_step = rank, ranks, seed, start_step
         self.accumulation = global_batch // (micro_batch * ranks)
@@ -183,16 +223,22 @@ def collate(items: list[dict]) -> dict:
 
 def batches(dataset: Dataset, sampler: MicroBatches, workers: int = 0) -> Iterator[dict]:
     """The endless stream of one rank's micro-batches."""
-    loader = DataLoader(_Positioned(dataset), batch_sampler=sampler, num_workers=workers, collate_fn=collate,
-                        pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+    loader = DataLoader(
+        _Positioned(dataset),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )
     return iter(loader)
 
 
 class FrozenCache(Dataset):
     """A data set held in memory together with what the frozen networks make of it.
 
-    Worth it where the same few thousand images are seen many times, as in the toy world: encoding an
-    image costs more than a training step on it. Every image keeps the crop of its first epoch.
+    Worth it where the same few thousand images are seen many times, as in the toy world: encoding
+    an image costs more than a training step on it. Every image keeps the crop of its first epoch.
 
     Args:
         dataset: what to hold; encode: images (B, 3, H, W) in [0, 1] → {name: (B, …)}.
@@ -217,5 +263,9 @@ class FrozenCache(Dataset):
 
     def __getitem__(self, key: Key) -> dict:
         index, _ = key
-        return {"image": self.images[index].float() / 255, "name": self.names[index],
-                "unreadable": self.unreadable[index], **{f"frozen/{k}": v[index] for k, v in self.frozen.items()}}
+        return {
+            "image": self.images[index].float() / 255,
+            "name": self.names[index],
+            "unreadable": self.unreadable[index],
+            **{f"frozen/{k}": v[index] for k, v in self.frozen.items()},
+        }

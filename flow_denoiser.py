@@ -1,19 +1,19 @@
 r"""The continuous denoiser: rectified flow on VAE latents, conditioned on CLIP (Fig. 3 b, Alg. 1).
 
-The idea. Draw noise :math:`x_0`, take the data latent :math:`x_1`, and stand somewhere on the straight line between
-them. A network that sees only that mixture, the time and a *condition* must say which way the data
-lies. Everything the mixture has lost must come from the condition; here the condition is nothing
-but CLIP's [CLS] token, so whatever would help the drawing and is missing from [CLS] turns into
-gradient for CLIP's image tower.
+The idea. Draw noise :math:`x_0`, take the data latent :math:`x_1`, and stand somewhere on the
+straight line between them. A network that sees only that mixture, the time and a *condition* must
+say which way the data lies. Everything the mixture has lost must come from the condition; here the
+condition is nothing but CLIP's [CLS] token, so whatever would help the drawing and is missing from
+[CLS] turns into gradient for CLIP's image tower.
 
 Time runs as in the paper, everywhere in this project: **t = 0 is noise, t = 1 is data**,
 
     Eq. (1)   x_t = t x_1 + (1 − t) x_0,   x_0 ~ N(0, I),   target velocity  x_1 − x_0.
 
-FLUX (and the authors' code) run time the other way, t' = 1 − t with target x_0 − x_1. It is the same
-model: feed 1 − t to its time embedding and flip the sign of its output. ``flux_time=True`` does
-exactly that, and is what loading published FLUX weights needs. The scaled logit-normal below is
-symmetric about 1/2, so nothing else changes.
+FLUX (and the authors' code) run time the other way, t' = 1 − t with target x_0 − x_1. It is the
+same model: feed 1 − t to its time embedding and flip the sign of its output. ``flux_time=True``
+does exactly that, and is what loading published FLUX weights needs. The scaled logit-normal below
+is symmetric about 1/2, so nothing else changes.
 
 Architecture: FLUX.1's transformer with fewer blocks. m double-stream blocks (MM-DiT: image and
 condition tokens keep separate weights and meet in one attention), then 2m single-stream blocks
@@ -41,8 +41,13 @@ from torch import Tensor, nn
 # ------------------------------------------------------------------------------------------------
 # When: timestep samplers and their densities (Sec. 4.3, Tab. 4, Fig. S1)
 # ------------------------------------------------------------------------------------------------
-def sample_timesteps(count: int, distribution: str = "logit-normal", scale: float = 1.0,
-                     generator: torch.Generator | None = None, device: str | torch.device = "cpu") -> Tensor:
+def sample_timesteps(
+    count: int,
+    distribution: str = "logit-normal",
+    scale: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: str | torch.device = "cpu",
+) -> Tensor:
     """Draw `count` times in [0, 1].
 
     "logit-normal" is the paper's scaled logit-normal; its `scale` s is Tab. 4's: small s stays near
@@ -74,7 +79,9 @@ def timestep_density(t: Tensor, distribution: str = "logit-normal", scale: float
 
 def _check_distribution(distribution: str, scale: float) -> None:
     if distribution not in ("logit-normal", "uniform"):
-        raise ValueError(f"timestep distribution {distribution!r}: expected 'logit-normal' or 'uniform'")
+        raise ValueError(
+            f"timestep distribution {distribution!r}: expected 'logit-normal' or 'uniform'"
+        )
     if not scale > 0:
         raise ValueError(f"timestep scale {scale}: must be positive")
 
@@ -93,8 +100,9 @@ def straight_path(data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tenso
     return x_t, velocity
 
 
-def flow_matching_loss(velocity_of: Callable[[Tensor, Tensor], Tensor], data: Tensor, noise: Tensor,
-                       t: Tensor) -> Tensor:
+def flow_matching_loss(
+    velocity_of: Callable[[Tensor, Tensor], Tensor], data: Tensor, noise: Tensor, t: Tensor
+) -> Tensor:
     """Eq. (3) per image: mean squared error of the velocity, (B,).
 
     `velocity_of(x_t, t)` is the denoiser with its condition filled in. The paper writes a squared
@@ -107,8 +115,11 @@ def flow_matching_loss(velocity_of: Callable[[Tensor, Tensor], Tensor], data: Te
 
 
 @torch.no_grad()
-def euler_sample(velocity_of: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int = 25) -> Tensor:
-    """Follow the velocity from noise (t = 0) to data (t = 1) in equal Euler steps. (B, ...) → same."""
+def euler_sample(
+    velocity_of: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int = 25
+) -> Tensor:
+    """Follow the velocity from noise (t = 0) to data (t = 1) in equal Euler steps. (B, ...) →
+    same."""
     x = noise
     for step in range(steps):
         t = torch.full((len(x),), step / steps, device=x.device, dtype=x.dtype)
@@ -126,7 +137,9 @@ def time_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0) ->
     were made for.
     """
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float64) / half)
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float64) / half
+    )
     angles = 1000.0 * t.double()[:, None] * frequencies  # (B, width/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(t.dtype)  # (B, width)
 
@@ -134,21 +147,23 @@ def time_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0) ->
 def rope_angles(positions: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
     """Rotary angles, one axis after the other. (N, len(axes)) integer positions → (N, E/2).
 
-    Each axis owns a slice of the head: `axes` = (16, 56, 56) gives 8 pairs to the (unused) first id,
-    28 to the row, 28 to the column. Always float64 here: in bf16, position 40 times a small
+    Each axis owns a slice of the head: `axes` = (16, 56, 56) gives 8 pairs to the (unused) first
+    id, 28 to the row, 28 to the column. Always float64 here: in bf16, position 40 times a small
     frequency would be off by more than the frequency itself.
     """
     parts = []
     for axis, width in enumerate(axes):
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-        parts.append(positions[:, axis, None].double() * theta ** -exponents)  # (N, width/2)
+        parts.append(positions[:, axis, None].double() * theta**-exponents)  # (N, width/2)
     return torch.cat(parts, dim=-1)  # (N, E/2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn neighbouring pairs of features by their angle. x (B, A, N, E), cos/sin (N, E/2)."""
     even, odd = x[..., 0::2], x[..., 1::2]  # (B, A, N, E/2)
-    turned = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)  # (B, A, N, E/2, 2)
+    turned = torch.stack(
+        [cos * even - sin * odd, sin * even + cos * odd], dim=-1
+    )  # (B, A, N, E/2, 2)
     return turned.flatten(-2).to(x.dtype)  # (B, A, N, E)
 
 
@@ -176,7 +191,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         full = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.scale
+        return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + 1e-6)).to(
+            x.dtype
+        ) * self.scale
 
 
 class QKNorm(nn.Module):
@@ -240,7 +257,9 @@ def plain_norm(width: int) -> nn.LayerNorm:
 
 
 def mlp(width: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -259,14 +278,22 @@ class DoubleStreamBlock(nn.Module):
         self.img_norm2, self.txt_norm2 = plain_norm(width), plain_norm(width)
         self.img_mlp, self.txt_mlp = mlp(width, hidden), mlp(width, hidden)
 
-    def forward(self, img: Tensor, txt: Tensor, vector: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, txt: Tensor, vector: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """img (B, N, D), txt (B, T, D), vector (B, D) → img and txt, same shapes."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vector)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vector)
 
-        txt_qkv = self.txt_attn.queries_keys_values(modulate(self.txt_norm1, txt, txt_shift1, txt_scale1))
-        img_qkv = self.img_attn.queries_keys_values(modulate(self.img_norm1, img, img_shift1, img_scale1))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))  # (B, A, T+N, E)
+        txt_qkv = self.txt_attn.queries_keys_values(
+            modulate(self.txt_norm1, txt, txt_shift1, txt_scale1)
+        )
+        img_qkv = self.img_attn.queries_keys_values(
+            modulate(self.img_norm1, img, img_shift1, img_scale1)
+        )
+        q, k, v = (
+            torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True)
+        )  # (B, A, T+N, E)
         txt_mixed, img_mixed = attend(q, k, v, rope).split([txt.shape[1], img.shape[1]], dim=1)
 
         img = img + img_gate1 * self.img_attn.proj(img_mixed)
@@ -284,7 +311,9 @@ class SingleStreamBlock(nn.Module):
         self.heads, self.hidden = heads, int(width * mlp_ratio)
         self.modulation = Modulation(width, 3)
         self.pre_norm = plain_norm(width)
-        self.linear1 = nn.Linear(width, 3 * width + self.hidden)  # q, k, v and the MLP's first layer
+        self.linear1 = nn.Linear(
+            width, 3 * width + self.hidden
+        )  # q, k, v and the MLP's first layer
         self.norm = QKNorm(width // heads)
         self.linear2 = nn.Linear(width + self.hidden, width)  # attention's and the MLP's last layer
 
@@ -294,7 +323,9 @@ class SingleStreamBlock(nn.Module):
         fused = self.linear1(modulate(self.pre_norm, x, shift, scale))  # (B, T+N, 3·D + hidden)
         qkv, hidden = fused.split([fused.shape[-1] - self.hidden, self.hidden], dim=-1)
         mixed = attend(*split_heads(qkv, self.heads, self.norm), rope)  # (B, T+N, D)
-        return x + gate * self.linear2(torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1))
+        return x + gate * self.linear2(
+            torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)
+        )
 
 
 class FinalLayer(nn.Module):
@@ -339,7 +370,8 @@ class FlowDenoiserConfig:
     context_dim: int = 4096
     """width of a context token"""
     guidance: bool = True
-    """FLUX.1-dev's guidance embedding, fed the constant 4.0 as in the official code: a learnt bias"""
+    """FLUX.1-dev's guidance embedding, fed the constant 4.0 as in the official code: a learnt
+    bias"""
     flux_time: bool = False
     """weights were trained with FLUX's direction of time (see the top of this file)"""
     initialisation: str = "pytorch"
@@ -358,7 +390,10 @@ class FlowDenoiser(nn.Module):
         super().__init__()
         c = self.config = config
         if c.width != c.heads * sum(c.axes):
-            raise ValueError(f"denoiser: width {c.width} must be heads {c.heads} × sum of RoPE axes {sum(c.axes)}")
+            raise ValueError(
+                f"denoiser: width {c.width} must be heads {c.heads} × sum of RoPE axes "
+                f"{sum(c.axes)}"
+            )
         token = 4 * c.latent_channels
         self.img_in = nn.Linear(token, c.width)
         self.time_in = EmbeddingMLP(256, c.width)
@@ -366,9 +401,11 @@ class FlowDenoiser(nn.Module):
         self.guidance_in = EmbeddingMLP(256, c.width) if c.guidance else None
         self.txt_in = nn.Linear(c.context_dim, c.width)
         self.double_blocks = nn.ModuleList(
-            DoubleStreamBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.double_blocks))
+            DoubleStreamBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.double_blocks)
+        )
         self.single_blocks = nn.ModuleList(
-            SingleStreamBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.single_blocks))
+            SingleStreamBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.single_blocks)
+        )
         self.final_layer = FinalLayer(c.width, token)
         self._initialise()
 
@@ -382,7 +419,9 @@ class FlowDenoiser(nn.Module):
                 nn.init.zeros_(linear.weight)
                 nn.init.zeros_(linear.bias)
         elif self.config.initialisation != "pytorch":
-            raise ValueError(f"initialisation {self.config.initialisation!r}: expected 'pytorch' or 'adaln-zero'")
+            raise ValueError(
+                f"initialisation {self.config.initialisation!r}: expected 'pytorch' or 'adaln-zero'"
+            )
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, vector: Tensor) -> Tensor:
         """Velocity at x_t.
@@ -402,7 +441,9 @@ class FlowDenoiser(nn.Module):
         clock = 1 - t if self.config.flux_time else t
         modulation = self.time_in(time_embedding(clock)) + self.vector_in(vector)  # (B, D)
         if self.guidance_in is not None:
-            modulation = modulation + self.guidance_in(time_embedding(torch.full_like(t, self.GUIDANCE)))
+            modulation = modulation + self.guidance_in(
+                time_embedding(torch.full_like(t, self.GUIDANCE))
+            )
 
         rope = self._rope(h, w, txt.shape[1], img)
         for block in self.double_blocks:
@@ -410,15 +451,21 @@ class FlowDenoiser(nn.Module):
         x = torch.cat([txt, img], dim=1)  # (B, T+N, D)
         for block in self.single_blocks:
             x = block(x, modulation, rope)
-        velocity = self.final_layer(x[:, txt.shape[1]:], modulation)  # (B, N, 4·C)
-        velocity = rearrange(velocity, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=h, w=w, ph=2, pw=2)
+        velocity = self.final_layer(x[:, txt.shape[1] :], modulation)  # (B, N, 4·C)
+        velocity = rearrange(
+            velocity, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=h, w=w, ph=2, pw=2
+        )
         return -velocity if self.config.flux_time else velocity
 
     def _rope(self, h: int, w: int, context_tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for [context, image] tokens: ids (0, 0, 0) and (0, row, column)."""
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)  # (N, 3)
+        image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(
+            -1, 3
+        )  # (N, 3)
         ids = torch.cat([torch.zeros(context_tokens, 3, dtype=torch.long), image_ids])  # (T+N, 3)
-        angles = rope_angles(ids, self.config.axes, self.config.theta)  # (T+N, E/2), float64 on the CPU
+        angles = rope_angles(
+            ids, self.config.axes, self.config.theta
+        )  # (T+N, E/2), float64 on the CPU
         precise = torch.float64 if like.dtype == torch.float64 else torch.float32
         return angles.cos().to(like.device, precise), angles.sin().to(like.device, precise)

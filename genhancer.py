@@ -9,7 +9,8 @@ The loss is the denoiser's (Eq. 3). What differs between the two stages is only 
     stage 1 (Alg. 1, lines 1-8)    φ and ω; θ frozen. The denoiser learns to draw, the projectors to
                                    bridge CLIP's feature space and the denoiser's (the G2 of Eq. 5,
                                    which must never become CLIP's business).
-    stage 2 (Alg. 1, lines 9-17)   θ through LoRA; φ, ω frozen ("only") or along for the ride ("all").
+    stage 2 (Alg. 1, lines 9-17)   θ through LoRA; φ, ω frozen ("only") or along for the ride
+    ("all").
 
 Theorem 1 says why this teaches: with the target x̃ fixed, a lower reconstruction loss is a higher
 mutual information between x̃ and h(v(x)), and once φ and ω have converged the only way to get more
@@ -18,101 +19,21 @@ is to put more of the image into [CLS].
 Conventions: images enter as float RGB in [0, 1] and are normalised twice *here*, for CLIP with its
 own mean and std, for the VAE to [-1, 1]. Both see the same crop.
 
-Letters: B images, H W height and width, d width of CLIP's global token, P number of patch tokens and
-p their width, T condition tokens, C h w latent channels, height and width.
+Letters: B images, H W height and width, d width of CLIP's global token, P number of patch tokens
+and p their width, T condition tokens, C h w latent channels, height and width.
 """
 
 import copy
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autoencoders import VAE
+from backbones import ClipInfo, encode_visual
 from flow_denoiser import FlowDenoiser, euler_sample, flow_matching_loss, sample_timesteps
 from lora import inject_lora
-
-
-# ------------------------------------------------------------------------------------------------
-# Backbones
-# ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class ClipInfo:
-    """What must be known about a CLIP besides its weights; written into every checkpoint.
-
-    The activation (`quick_gelu`) is part of `model_cfg`: built with the wrong one, OpenAI's weights
-    load without a murmur and give worse features.
-    """
-
-    name: str
-    model_cfg: dict
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    resize_mode: str = "shortest"  # for evaluation; SigLIP squashes instead of cropping
-
-    @property
-    def image_size(self) -> int:
-        return self.model_cfg["vision_cfg"]["image_size"]
-
-    def open_clip_config(self) -> dict:
-        """The content of open_clip_config.json, which `local-dir:` folders carry."""
-        return {"model_cfg": self.model_cfg,
-                "preprocess_cfg": {"mean": list(self.mean), "std": list(self.std), "resize_mode": self.resize_mode}}
-
-
-def load_clip(model: str) -> tuple[nn.Module, ClipInfo]:
-    """A CLIP on the CPU, in eval mode, by one of three spellings.
-
-    * ``FOLDER`` with open_clip_config.json and open_clip_model.safetensors (an enhanced model);
-    * ``FILE.safetensors`` with FILE.json, an open_clip config, beside it (the toy weights);
-    * ``NAME:TAG``, open_clip's own, e.g. ``ViT-L-14-quickgelu:openai``; TAG may be a weights file.
-
-    Raises: FileNotFoundError, or ValueError saying which part of `model` is not known or not sound.
-    """
-    path = Path(model)
-    if path.is_dir() or path.suffix == ".safetensors":
-        weights = path / "open_clip_model.safetensors" if path.is_dir() else path
-        config = path / "open_clip_config.json" if path.is_dir() else path.with_suffix(".json")
-        for file in (weights, config):
-            if not file.is_file():
-                raise FileNotFoundError(f"CLIP {model}: {file} is missing; weights need their architecture beside "
-                                        "them (a folder with open_clip_config.json, or FILE.json)")
-        return _clip_from_files(model, weights, config)
-    name, _, tag = model.partition(":")
-    if name not in open_clip.list_models():
-        raise ValueError(f"CLIP {model!r}: not a folder, not a .safetensors file, and {name!r} is not an open_clip "
-                         "model name; try ViT-L-14-quickgelu:openai")
-    if not tag:
-        raise ValueError(f"CLIP {model!r}: add the weights, as in {name}:openai or {name}:FILE")
-    try:
-        clip = open_clip.create_model(name, pretrained=tag, weights_only=True)
-    except Exception as error:  # open_clip raises many kinds: no network, no such tag, wrong tensors
-        raise ValueError(f"CLIP {model!r}: open_clip could not load it ({str(error).splitlines()[0]})") from None
-    preprocess = open_clip.get_model_preprocess_cfg(clip)
-    info = ClipInfo(name, open_clip.get_model_config(name), tuple(preprocess["mean"]), tuple(preprocess["std"]),
-                    preprocess["resize_mode"])
-    return clip.eval(), info
-
-
-def _clip_from_files(model: str, weights: Path, config: Path) -> tuple[nn.Module, ClipInfo]:
-    try:
-        text = json.loads(config.read_text())
-        cfg, preprocess = text["model_cfg"], text["preprocess_cfg"]
-        info = ClipInfo(model, cfg, tuple(preprocess["mean"]), tuple(preprocess["std"]),
-                        preprocess.get("resize_mode", "shortest"))
-        build = open_clip.CustomTextCLIP if cfg.get("custom_text") else open_clip.CLIP
-        clip = build(**{k: v for k, v in cfg.items() if k != "custom_text"})
-        clip.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
-    except Exception as error:  # bad JSON, missing key, cut file, tensors of another architecture
-        first = " ".join(str(error).split())[:200]
-        raise ValueError(f"CLIP {model}: {weights.name} and {config.name} do not make a model "
-                         f"({type(error).__name__}: {first})") from None
-    return clip.eval(), info
 
 
 # ------------------------------------------------------------------------------------------------
@@ -126,29 +47,9 @@ class Projector(nn.Sequential):
     """
 
     def __init__(self, d_in: int, d_out: int):
-        super().__init__(nn.LayerNorm(d_in), nn.Linear(d_in, d_out), nn.GELU(), nn.Linear(d_out, d_out))
-
-
-def encode_visual(visual: nn.Module, images: Tensor, local: bool = False) -> tuple[Tensor, Tensor | None]:
-    """One pass through an open_clip image tower.
-
-    Args: images, already normalised for CLIP (B, 3, H, W); local: also return the patch tokens.
-    Returns:
-        global token (B, d): for CLIP the class token after the final LayerNorm and projection, *not*
-        L2-normalised; for SigLIP's timm tower the attention-pooled vector;
-        patch tokens (B, P, p) of the last layer, or None.
-    """
-    if not local:
-        return visual(images), None
-    if hasattr(visual, "trunk"):
-        tokens = visual.trunk.forward_features(images)  # (B, P, p), after any prefix tokens
-        patches = tokens[:, visual.trunk.num_prefix_tokens:]
-        return visual.head(visual.trunk.forward_head(tokens)), patches
-    before, visual.output_tokens = visual.output_tokens, True
-    try:
-        return visual(images)
-    finally:
-        visual.output_tokens = before
+        super().__init__(
+            nn.LayerNorm(d_in), nn.Linear(d_in, d_out), nn.GELU(), nn.Linear(d_out, d_out)
+        )
 
 
 @dataclass
@@ -182,25 +83,42 @@ class GenHancer(nn.Module):
         local_ratio: percent of patch tokens that join the context (Key Point #1; 0 is the method).
         time_distribution, time_scale: how t is drawn (Eq. 6, Tab. 4).
         drift_weight: λ of the drift term D(v_θ, v_θ0) = 1 − cos of Eq. (5); 0 is the paper.
-        sample_posterior: draw VAE latents from the posterior (as the official code) or take the mean.
+        vae_fp32: keep the VAE out of autocast; its activations grow large enough to hurt in bf16.
+        sample_posterior: draw VAE latents from the posterior (as the official code) or take the
+        mean.
     Raises: ValueError where the parts do not fit together.
     """
 
-    def __init__(self, clip: nn.Module, info: ClipInfo, vae: VAE, denoiser: FlowDenoiser, *,
-                 local_ratio: float = 0.0, time_distribution: str = "logit-normal", time_scale: float = 1.0,
-                 drift_weight: float = 0.0, sample_posterior: bool = True):
+    def __init__(
+        self,
+        clip: nn.Module,
+        info: ClipInfo,
+        vae: VAE,
+        denoiser: FlowDenoiser,
+        *,
+        local_ratio: float = 0.0,
+        time_distribution: str = "logit-normal",
+        time_scale: float = 1.0,
+        drift_weight: float = 0.0,
+        sample_posterior: bool = True,
+        vae_fp32: bool = True,
+    ):
         super().__init__()
         if not 0 <= local_ratio <= 100:
             raise ValueError(f"local token ratio {local_ratio}: expected a percentage, 0 to 100")
         if vae.config.latent_channels != denoiser.config.latent_channels:
-            raise ValueError(f"the VAE has {vae.config.latent_channels} latent channels, the denoiser expects "
-                             f"{denoiser.config.latent_channels}")
+            raise ValueError(
+                f"the VAE has {vae.config.latent_channels} latent channels, the denoiser expects "
+                f"{denoiser.config.latent_channels}"
+            )
         if info.image_size % (2 * vae.config.downsampling):
-            raise ValueError(f"image size {info.image_size} is no multiple of {2 * vae.config.downsampling}, "
-                             "the side of a denoiser token in pixels")
+            raise ValueError(
+                f"image size {info.image_size} is no multiple of {2 * vae.config.downsampling}, "
+                "the side of a denoiser token in pixels"
+            )
         self.info, self.local_ratio, self.drift_weight = info, local_ratio, drift_weight
         self.time_distribution, self.time_scale = time_distribution, time_scale
-        self.sample_posterior = sample_posterior
+        self.sample_posterior, self.vae_fp32 = sample_posterior, vae_fp32
         self.visual = clip.visual
         self.vae = vae
         self.denoiser = denoiser
@@ -219,8 +137,8 @@ class GenHancer(nn.Module):
         self.project_local = Projector(p, c.context_dim) if local_ratio else None
         self.register_buffer("mean", torch.tensor(info.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(info.std).view(3, 1, 1), persistent=False)
-        # Nothing learns until a stage says so. (PyTorch picks matmul kernels by requires_grad, so this
-        # also keeps features cached now bit-equal to those computed in a stage.)
+        # Nothing learns until a stage says so. (PyTorch picks matmul kernels by requires_grad, so
+        # this also keeps features cached now bit-equal to those computed in a stage.)
         self.requires_grad_(False)
 
     # -- who learns ------------------------------------------------------------------------------
@@ -229,8 +147,15 @@ class GenHancer(nn.Module):
         self.requires_grad_(False)
         self._train_condition_and_denoiser()
 
-    def start_stage2(self, trains: str = "only", tuning: str = "lora", rank: int = 16, alpha: float = 16.0,
-                     dropout: float = 0.1, bias: str = "lora_only") -> None:
+    def start_stage2(
+        self,
+        trains: str = "only",
+        tuning: str = "lora",
+        rank: int = 16,
+        alpha: float = 16.0,
+        dropout: float = 0.1,
+        bias: str = "lora_only",
+    ) -> None:
         """Plug LoRA into v_θ and train it (Alg. 1, lines 10 and 16).
 
         Args:
@@ -251,7 +176,12 @@ class GenHancer(nn.Module):
             self._train_condition_and_denoiser()
 
     def _train_condition_and_denoiser(self) -> None:
-        for module in (self.denoiser, self.project_vector, self.project_context, self.project_local):
+        for module in (
+            self.denoiser,
+            self.project_vector,
+            self.project_context,
+            self.project_local,
+        ):
             if module is not None:
                 module.requires_grad_(True)
 
@@ -268,14 +198,23 @@ class GenHancer(nn.Module):
     # -- the forward pass ------------------------------------------------------------------------
     def draw(self, generators: list[torch.Generator]) -> Draws:
         """Randomness for one batch, one generator per image, on the CPU."""
+
         def stack(make):
             return torch.stack([make(g) for g in generators])
 
         return Draws(
-            t=torch.cat([sample_timesteps(1, self.time_distribution, self.time_scale, g) for g in generators]),
+            t=torch.cat(
+                [
+                    sample_timesteps(1, self.time_distribution, self.time_scale, g)
+                    for g in generators
+                ]
+            ),
             noise=stack(lambda g: torch.randn(self.latent_shape, generator=g)),
             posterior=stack(lambda g: torch.randn(self.latent_shape, generator=g)),
-            local_order=stack(lambda g: torch.randperm(self.patch_tokens, generator=g)) if self.local_ratio else None)
+            local_order=stack(lambda g: torch.randperm(self.patch_tokens, generator=g))
+            if self.local_ratio
+            else None,
+        )
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> dict[str, Tensor]:
@@ -284,42 +223,64 @@ class GenHancer(nn.Module):
         Returns: "mean" and "log_variance" of the VAE posterior (B, C, h, w), and "original", the
         features of v_θ0 (B, d).
         """
-        mean, log_variance = self.vae.moments(images * 2 - 1)
+        mean, log_variance = self._moments(images)
         tower = self.original if self.original is not None else self.visual
-        return {"mean": mean, "log_variance": log_variance,
-                "original": encode_visual(tower, self.normalise(images))[0]}
+        return {
+            "mean": mean,
+            "log_variance": log_variance,
+            "original": encode_visual(tower, self.normalise(images))[0],
+        }
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The VAE posterior of images in [0, 1], in float32 unless told otherwise."""
+        if not self.vae_fp32:
+            return self.vae.moments(images * 2 - 1)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.vae.moments(images * 2 - 1)
 
     def normalise(self, images: Tensor) -> Tensor:
         """[0, 1] → CLIP's own mean and standard deviation."""
         return (images - self.mean) / self.std
 
-    def condition(self, images: Tensor, local_order: Tensor | None = None,
-                  features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def condition(
+        self, images: Tensor, local_order: Tensor | None = None, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """h_ω ∘ v_θ(x) (Alg. 1, line 5).
 
         Args: images (B, 3, H, W) in [0, 1]; local_order (B, P), needed with local tokens;
             features (B, d): use these instead of running a frozen tower again.
-        Returns: context (B, T, context_dim), vector (B, vector_dim), the global token itself (B, d).
+        Returns: context (B, T, context_dim), vector (B, vector_dim), the global token itself (B,
+        d).
         """
         patches = None
         if features is None:
-            features, patches = encode_visual(self.visual, self.normalise(images), local=self.local_ratio > 0)
+            features, patches = encode_visual(
+                self.visual, self.normalise(images), local=self.local_ratio > 0
+            )
         context = self.project_context(features)[:, None]  # (B, 1, context_dim)
         if self.local_ratio > 0:  # Key Point #1: [CLS] + n % [LOCAL]
             keep = round(self.local_ratio / 100 * self.patch_tokens)
             chosen = local_order[:, :keep, None].expand(-1, -1, patches.shape[-1])  # (B, keep, p)
-            context = torch.cat([context, self.project_local(patches.gather(1, chosen))], dim=1)  # (B, 1+keep, ·)
+            context = torch.cat(
+                [context, self.project_local(patches.gather(1, chosen))], dim=1
+            )  # (B, 1+keep, ·)
         return context, self.project_vector(features), features
 
-    def forward(self, images: Tensor, draws: Draws | None = None, frozen: dict[str, Tensor] | None = None,
-                measure_drift: bool = False) -> dict[str, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        draws: Draws | None = None,
+        frozen: dict[str, Tensor] | None = None,
+        measure_drift: bool = False,
+    ) -> dict[str, Tensor]:
         """The training loss of a batch (Alg. 1, lines 3-7 and 12-16).
 
         Args:
             images: (B, 3, H, W) in [0, 1].
             draws: the batch's randomness; drawn from PyTorch's global generator if None.
             frozen: what `frozen(images)` returned earlier, to save computing it again.
-            measure_drift: report 1 − cos to the original features even where λ = 0 does not need it.
+            measure_drift: report 1 − cos to the original features even where λ = 0 does not need
+            it.
         Returns: "loss" (scalar, to minimise), "per_image" reconstruction losses (B,), "t" (B,), and
             "drift" (B,) where measured.
         """
@@ -329,7 +290,7 @@ class GenHancer(nn.Module):
         tower_learns = any(p.requires_grad for p in self.visual.parameters())
 
         with torch.no_grad():  # Alg. 1, line 3: x̃_1 = v_ae(x), without gradient
-            moments = (frozen["mean"], frozen["log_variance"]) if frozen else self.vae.moments(images * 2 - 1)
+            moments = (frozen["mean"], frozen["log_variance"]) if frozen else self._moments(images)
             mean, log_variance = (m.float() for m in moments)
             noise = draws.posterior if self.sample_posterior else None
             latents = self.vae.latents(mean, log_variance, noise)  # (B, C, h, w)
@@ -340,8 +301,9 @@ class GenHancer(nn.Module):
                 reuse = encode_visual(self.visual, self.normalise(images))[0]
         context, vector, features = self.condition(images, draws.local_order, reuse)
 
-        per_image = flow_matching_loss(lambda x, t: self.denoiser(x, t, context, vector),
-                                       latents, draws.noise, draws.t)  # Eq. (3)
+        per_image = flow_matching_loss(
+            lambda x, t: self.denoiser(x, t, context, vector), latents, draws.noise, draws.t
+        )  # Eq. (3)
         result = {"loss": per_image.mean(), "per_image": per_image.detach(), "t": draws.t}
         if self.original is not None and (self.drift_weight or measure_drift):
             if frozen:
@@ -349,7 +311,9 @@ class GenHancer(nn.Module):
             else:
                 with torch.no_grad():
                     before = encode_visual(self.original, self.normalise(images))[0]
-            drift = 1 - F.cosine_similarity(features.float(), before.float(), dim=-1)  # D(v_θ, v_θ0), (B,)
+            drift = 1 - F.cosine_similarity(
+                features.float(), before.float(), dim=-1
+            )  # D(v_θ, v_θ0), (B,)
             result["drift"] = drift.detach()
             if self.drift_weight:
                 result["loss"] = result["loss"] + self.drift_weight * drift.mean()  # Eq. (5)
@@ -371,5 +335,9 @@ class GenHancer(nn.Module):
 
     def architecture(self) -> dict:
         """What a checkpoint must agree on before its tensors can be used here."""
-        return {"clip": self.info.open_clip_config(), "vae": asdict(self.vae.config),
-                "denoiser": asdict(self.denoiser.config), "local_ratio": self.local_ratio}
+        return {
+            "clip": self.info.open_clip_config(),
+            "vae": asdict(self.vae.config),
+            "denoiser": asdict(self.denoiser.config),
+            "local_ratio": self.local_ratio,
+        }

@@ -1,7 +1,7 @@
 r"""LoRA from scratch: low-rank adapters for CLIP's image tower (Sec. 4.3, App. B, Fig. S2).
 
-Stage 2 must change what CLIP sees without wrecking what it knows. The paper therefore does not train
-the weights W themselves but a low-rank correction beside them,
+Stage 2 must change what CLIP sees without wrecking what it knows. The paper therefore does not
+train the weights W themselves but a low-rank correction beside them,
 
     y = W x + b + (α / r) · B A · dropout(x),      A: (r, in), B: (out, r),
 
@@ -44,7 +44,9 @@ class Adapter(nn.Module):
             steps of 1e-5 vanish in bf16).
     """
 
-    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, dropout: float, like: Tensor):
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, alpha: float, dropout: float, like: Tensor
+    ):
         super().__init__()
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32
         self.scaling = alpha / rank
@@ -109,8 +111,9 @@ class LoRALinear(LoRAWrapper):
         super().__init__(base)
         for i in range(parts):
             name = "qkv"[i] if parts == 3 else "linear"
-            self.adapters[name] = Adapter(base.in_features, base.out_features // parts, rank, alpha, dropout,
-                                          base.weight)
+            self.adapters[name] = Adapter(
+                base.in_features, base.out_features // parts, rank, alpha, dropout, base.weight
+            )
 
     # open_clip asks `mlp.c_fc.weight.dtype` to find out the tower's precision.
     @property
@@ -128,7 +131,9 @@ class LoRALinear(LoRAWrapper):
         y = self.base(x)
         if self.merged:
             return y
-        return y + torch.cat([adapter(x) for adapter in self.adapters.values()], dim=-1)  # (…, d_out)
+        return y + torch.cat(
+            [adapter(x) for adapter in self.adapters.values()], dim=-1
+        )  # (…, d_out)
 
 
 class LoRAAttention(LoRAWrapper):
@@ -141,31 +146,63 @@ class LoRAAttention(LoRAWrapper):
 
     def __init__(self, base: nn.MultiheadAttention, rank: int, alpha: float, dropout: float):
         super().__init__(base)
-        if not base.batch_first or base.in_proj_weight is None or base.bias_k is not None or base.dropout:
-            raise ValueError("LoRA: attention must be batch_first, with packed in_proj, no bias_k and no dropout")
+        if (
+            not base.batch_first
+            or base.in_proj_weight is None
+            or base.bias_k is not None
+            or base.dropout
+        ):
+            raise ValueError(
+                "LoRA: attention must be batch_first, with packed in_proj, no bias_k and no dropout"
+            )
         for name in ("q", "k", "v", "out"):
-            self.adapters[name] = Adapter(base.embed_dim, base.embed_dim, rank, alpha, dropout, base.in_proj_weight)
+            self.adapters[name] = Adapter(
+                base.embed_dim, base.embed_dim, rank, alpha, dropout, base.in_proj_weight
+            )
 
     def _targets(self):
         weights = (*self.base.in_proj_weight.chunk(3), self.base.out_proj.weight)
         return zip(weights, self.adapters.values(), strict=True)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask=None, need_weights: bool = False,
-                attn_mask: Tensor | None = None, average_attn_weights: bool = True,
-                is_causal: bool = False) -> tuple[Tensor, None]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask=None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
         """query, key, value (B, L, D) → ((B, L, D), None)."""
         if need_weights or key_padding_mask is not None or is_causal:
-            raise ValueError("LoRA: attention weights, padding masks and is_causal are not supported here")
+            raise ValueError(
+                "LoRA: attention weights, padding masks and is_causal are not supported here"
+            )
         base, on = self.base, not self.merged
-        if query is key and key is value:  # self-attention: one packed product, bit-equal to PyTorch's own
-            q, k, v = F.linear(query, base.in_proj_weight, base.in_proj_bias).chunk(3, dim=-1)  # (B, L, D) each
+        if (
+            query is key and key is value
+        ):  # self-attention: one packed product, bit-equal to PyTorch's own
+            q, k, v = F.linear(query, base.in_proj_weight, base.in_proj_bias).chunk(
+                3, dim=-1
+            )  # (B, L, D) each
         else:
             biases = base.in_proj_bias.chunk(3) if base.in_proj_bias is not None else (None,) * 3
             inputs = (query, key, value)
-            q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, base.in_proj_weight.chunk(3), biases, strict=True))
+            q, k, v = (
+                F.linear(x, w, b)
+                for x, w, b in zip(inputs, base.in_proj_weight.chunk(3), biases, strict=True)
+            )
         if on:
-            q, k, v = q + self.adapters["q"](query), k + self.adapters["k"](key), v + self.adapters["v"](value)
-        q, k, v = (rearrange(x, "b l (heads e) -> b heads l e", heads=base.num_heads) for x in (q, k, v))
+            q, k, v = (
+                q + self.adapters["q"](query),
+                k + self.adapters["k"](key),
+                v + self.adapters["v"](value),
+            )
+        q, k, v = (
+            rearrange(x, "b l (heads e) -> b heads l e", heads=base.num_heads) for x in (q, k, v)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         mixed = rearrange(mixed, "b heads l e -> b l (heads e)")
         out = F.linear(mixed, base.out_proj.weight, base.out_proj.bias)  # (B, L, D)
@@ -196,16 +233,23 @@ class LoRAProjection(LoRAWrapper):
 # ------------------------------------------------------------------------------------------------
 # On a whole tower
 # ------------------------------------------------------------------------------------------------
-def inject_lora(tower: nn.Module, rank: int = 16, alpha: float = 16.0, dropout: float = 0.1,
-                bias: str = "lora_only", skip: str = "attn_pool") -> list[str]:
+def inject_lora(
+    tower: nn.Module,
+    rank: int = 16,
+    alpha: float = 16.0,
+    dropout: float = 0.1,
+    bias: str = "lora_only",
+    skip: str = "attn_pool",
+) -> list[str]:
     """Freeze `tower` and put adapters on all its attentions, Linears and its ``proj`` Parameter.
 
     Pass an *image* tower (`clip.visual`): the text tower must stay what it was.
 
     Args:
-        bias: "lora_only" also trains the biases of wrapped layers (the official setting), "none" not.
-        skip: modules whose dotted name contains this keep their plain layers. SigLIP's attention
-            pool is left out: the published 8.70 M parameters are those of the blocks alone.
+        bias: "lora_only" also trains the biases of wrapped layers (the official setting), "none"
+        not. skip: modules whose dotted name contains this keep their plain layers. SigLIP's
+            attention pool is left out: the published 8.70 M parameters are those of the blocks
+            alone.
     Returns: names of the wrapped layers.
     Raises: ValueError for a bad rank, bias policy, a tower already adapted, or nothing to adapt.
     """
@@ -278,9 +322,11 @@ def load_lora_state_dict(tower: nn.Module, state: dict[str, Tensor]) -> None:
     for name in sorted(own.keys() | state.keys()):
         here, there = own.get(name), state.get(name)
         if here is None or there is None or here.shape != there.shape:
-            raise ValueError(f"LoRA weights do not fit this tower: {name} is "
-                             f"{'absent' if here is None else tuple(here.shape)} here and "
-                             f"{'absent' if there is None else tuple(there.shape)} in the file")
+            raise ValueError(
+                f"LoRA weights do not fit this tower: {name} is "
+                f"{'absent' if here is None else tuple(here.shape)} here and "
+                f"{'absent' if there is None else tuple(there.shape)} in the file"
+            )
     for name, parameter in own.items():
         parameter.copy_(state[name])
 
@@ -311,7 +357,8 @@ def unload_lora(tower: nn.Module) -> None:
 
 
 def merged_state_dict(tower: nn.Module) -> dict[str, Tensor]:
-    """What `unload_lora` would leave, without touching the tower: for checkpoints in mid-training."""
+    """What `unload_lora` would leave, without touching the tower: for checkpoints in
+    mid-training."""
     was_merged = [layer.merged for _, layer in lora_layers(tower)]
     merge_lora(tower)
     names = {}

@@ -1,10 +1,10 @@
 """How the toy's frozen weights were made: ``python toyworld.py pretrain``.
 
 GenHancer starts from models that others pretrained. The toy world has no others, so this file plays
-their part, once: a tiny CLIP (open_clip's own class) on captions with reporting bias, and a tiny VAE
-(the class of autoencoders.py) on pictures alone. The results are shipped in ``toy/`` together with
-``PRETRAINING.json``, which says which command, seed and versions made them, how long it took and
-what was measured. Nothing here is needed to use the project.
+their part, once: a tiny CLIP (open_clip's own class) on captions with reporting bias, and a tiny
+VAE (the class of autoencoders.py) on pictures alone. The results are shipped in ``toy/`` together
+with ``PRETRAINING.json``, which says which command, seed and versions made them, how long it took
+and what was measured. Nothing here is needed to use the project.
 
 Letters: B batch, d width of the joint space.
 """
@@ -54,11 +54,23 @@ def clip_config(vocab_size: int) -> dict:
     The joint space is narrow (64) on purpose: the text tower spans all of it, so what stage 2 adds
     has to be said in directions that text can read.
     """
-    return {"embed_dim": 64,
-            "vision_cfg": {"image_size": toy.IMAGE_SIZE, "patch_size": 16, "width": 128, "layers": 4,
-                           "head_width": 32},
-            "text_cfg": {"context_length": toy.ToyTokenizer.context_length, "vocab_size": vocab_size, "width": 96,
-                         "heads": 3, "layers": 2}}
+    return {
+        "embed_dim": 64,
+        "vision_cfg": {
+            "image_size": toy.IMAGE_SIZE,
+            "patch_size": 16,
+            "width": 128,
+            "layers": 4,
+            "head_width": 32,
+        },
+        "text_cfg": {
+            "context_length": toy.ToyTokenizer.context_length,
+            "vocab_size": vocab_size,
+            "width": 96,
+            "heads": 3,
+            "layers": 2,
+        },
+    }
 
 
 def cosine(step: int, steps: int, peak: float) -> float:
@@ -77,8 +89,10 @@ def pretrain_clip(s: Settings, scenes: list, pixels: torch.Tensor) -> tuple[dict
     clip = open_clip.CLIP(**config)
     matrices = [p for p in clip.parameters() if p.ndim >= 2]
     vectors = [p for p in clip.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
-                                  betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
+        betas=(0.9, 0.98),
+    )
     contrast = open_clip.loss.ClipLoss()
     rng = np.random.default_rng([s.seed, 5])
     bar = trange(s.clip_steps, desc="CLIP")
@@ -115,7 +129,9 @@ def pretrain_vae(s: Settings, pixels: torch.Tensor) -> tuple[VAE, dict]:
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, s.vae_steps, s.vae_lr)
-        images = train[torch.randint(len(train), (s.vae_batch,))].float() / 127.5 - 1  # (B, 3, 64, 64)
+        images = (
+            train[torch.randint(len(train), (s.vae_batch,))].float() / 127.5 - 1
+        )  # (B, 3, 64, 64)
         mean, log_variance = vae.moments(images.contiguous(memory_format=torch.channels_last))
         sample = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         error = vae.decoder(sample) - images
@@ -123,10 +139,14 @@ def pretrain_vae(s: Settings, pixels: torch.Tensor) -> tuple[VAE, dict]:
         # alone, both are learnt last. So the foreground (what differs from the picture's median
         # colour) counts fivefold, and the part of the error that is not grey counts again.
         median = images.flatten(2).median(dim=2).values[:, :, None, None]  # (B, 3, 1, 1)
-        weight = 1 + 4 * ((images - median).abs().amax(1, keepdim=True) > 0.2).float()  # (B, 1, 64, 64)
+        weight = (
+            1 + 4 * ((images - median).abs().amax(1, keepdim=True) > 0.2).float()
+        )  # (B, 1, 64, 64)
         color = error - error.mean(1, keepdim=True)
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-        loss = (weight * (error.abs() + error.square() + 2 * color.square())).mean() + s.kl_weight * kl
+        loss = (
+            weight * (error.abs() + error.square() + 2 * color.square())
+        ).mean() + s.kl_weight * kl
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -139,15 +159,25 @@ def pretrain_vae(s: Settings, pixels: torch.Tensor) -> tuple[VAE, dict]:
         sample = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape)
         mse = F.mse_loss(vae.decoder(mean), images).item()
     vae.config = replace(TOY_VAE, shift=float(sample.mean()), scale=float(1 / sample.std()))
-    return vae, {"psnr_db": 10 * np.log10(4 / mse), "posterior_std": torch.exp(0.5 * log_variance).mean().item()}
+    return vae, {
+        "psnr_db": 10 * np.log10(4 / mse),
+        "posterior_std": torch.exp(0.5 * log_variance).mean().item(),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    s = parse_settings(Settings, {"default": {}}, "Make the toy world's frozen weights again from nothing.",
-                       "    python toyworld.py pretrain --out toy", arguments)
+    s = parse_settings(
+        Settings,
+        {"default": {}},
+        "Make the toy world's frozen weights again from nothing.",
+        "    python toyworld.py pretrain --out toy",
+        arguments,
+    )
     if s.threads:
         torch.set_num_threads(s.threads)
-    torch.backends.cuda.enable_flash_sdp(False)  # slower than plain matrices for short CPU sequences
+    torch.backends.cuda.enable_flash_sdp(
+        False
+    )  # slower than plain matrices for short CPU sequences
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     record = out / "PRETRAINING.json"
@@ -155,35 +185,64 @@ def main(arguments: list[str] | None = None) -> None:
     world = toy.ToyScenes(s.scenes, seed=1234 + s.seed)
     drawn = [world.scene(i) for i in trange(s.scenes, desc="scenes")]
     scenes = [scene for scene, _ in drawn]
-    pixels = torch.from_numpy(np.stack([p for _, p in drawn])).permute(0, 3, 1, 2).contiguous()  # uint8
-    common = {"seed": s.seed, "scenes": s.scenes, "torch": torch.__version__, "open_clip": open_clip.__version__,
-              "python": platform.python_version(), "threads": torch.get_num_threads(),
-              "date": time.strftime("%Y-%m-%d")}
+    pixels = (
+        torch.from_numpy(np.stack([p for _, p in drawn])).permute(0, 3, 1, 2).contiguous()
+    )  # uint8
+    common = {
+        "seed": s.seed,
+        "scenes": s.scenes,
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     if s.only in ("all", "clip"):
         start = time.time()
         state, config = pretrain_clip(s, scenes, pixels)
         save_file({k: v.half().contiguous() for k, v in state.items()}, out / "clip.safetensors")
         (out / "clip.json").write_text(json.dumps(config, indent=1))
-        report["clip"] = {"command": f"python toyworld.py pretrain --only clip --seed {s.seed}", **common,
-                          "steps": s.clip_steps, "batch": s.clip_batch, "lr": s.clip_lr, "mention": s.mention,
-                          "minutes": round((time.time() - start) / 60, 1), **measure_clip(out)}
+        report["clip"] = {
+            "command": f"python toyworld.py pretrain --only clip --seed {s.seed}",
+            **common,
+            "steps": s.clip_steps,
+            "batch": s.clip_batch,
+            "lr": s.clip_lr,
+            "mention": s.mention,
+            "minutes": round((time.time() - start) / 60, 1),
+            **measure_clip(out),
+        }
     if s.only in ("all", "vae"):
         start = time.time()
         vae, measured = pretrain_vae(s, pixels)
-        save_file({k: v.half().contiguous() for k, v in vae.state_dict().items()}, out / "vae.safetensors",
-                  metadata={"autoencoder": config_to_text(vae.config)})
-        report["vae"] = {"command": f"python toyworld.py pretrain --only vae --seed {s.seed}", **common,
-                         "steps": s.vae_steps, "batch": s.vae_batch, "lr": s.vae_lr, "kl_weight": s.kl_weight,
-                         "minutes": round((time.time() - start) / 60, 1), **measured}
+        save_file(
+            {k: v.half().contiguous() for k, v in vae.state_dict().items()},
+            out / "vae.safetensors",
+            metadata={"autoencoder": config_to_text(vae.config)},
+        )
+        report["vae"] = {
+            "command": f"python toyworld.py pretrain --only vae --seed {s.seed}",
+            **common,
+            "steps": s.vae_steps,
+            "batch": s.vae_batch,
+            "lr": s.vae_lr,
+            "kl_weight": s.kl_weight,
+            "minutes": round((time.time() - start) / 60, 1),
+            **measured,
+        }
     record.write_text(json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))
 
 
 def measure_clip(folder: Path) -> dict:
-    """How blind it is: the toy benchmark's validation pairs (seed 1), from the file just written."""
+    """How blind it is: the toy benchmark's validation pairs (seed 1), from the file just
+    written."""
     import eval_mmvp
+    from backbones import load_clip
 
-    judge = eval_mmvp.Judge("toy", *eval_mmvp.load_clip(str(folder / "clip.safetensors")), torch.device("cpu"))
+    judge = eval_mmvp.Judge(
+        "toy", *load_clip(str(folder / "clip.safetensors")), torch.device("cpu")
+    )
     figures = {}
     for side, mentioned in (("mentioned", True), ("unmentioned", False)):
         pairs = toy.benchmark(mentioned, 100, seed=1)

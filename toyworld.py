@@ -16,8 +16,8 @@ understands it. If the benchmark moves on unmentioned subjects, that is the pape
 
 What is in this file, in reading order: the attributes and who mentions them, the drawing, the
 captions and their word-level tokenizer, the endless data set, the pair benchmark (also written to
-disk in MMVP-VLM's own format), and a loader for the shipped weights. ``python toyworld.py pretrain``
-makes those weights again from nothing (``toy_pretrain.py``).
+disk in MMVP-VLM's own format), and a loader for the shipped weights. ``python toyworld.py
+pretrain`` makes those weights again from nothing (``toy_pretrain.py``).
 
 Letters: B batch, S subjects, L caption length in tokens. Images are float RGB in [0, 1].
 """
@@ -32,7 +32,9 @@ import torch
 from PIL import Image, ImageDraw
 
 TOY_DIR = Path(__file__).resolve().parent / "toy"
-IMAGE_SIZE = 64  # pixels; scenes are drawn at twice this and box-filtered, which is our antialiasing
+IMAGE_SIZE = (
+    64  # pixels; scenes are drawn at twice this and box-filtered, which is our antialiasing
+)
 
 # ------------------------------------------------------------------------------------------------
 # The nine attributes. Names are MMVP-VLM's nine visual patterns, in the paper's Tab. 1 order; the
@@ -87,8 +89,8 @@ def random_scene(rng: np.random.Generator, subject: str | None = None) -> Scene:
 # ------------------------------------------------------------------------------------------------
 # Drawing. Each subject is a few polygons and ellipses in a [-1, 1]² box, facing right, so that
 # "facing left" is a mirror and "tall" a stretch. Shade 1 is the subject's own colour, lower is
-# darker. `eye` and `hat` are anchor points. All silhouettes are asymmetric, and the eye is in front:
-# a subject must face somewhere, and facing must look alike on all of them.
+# darker. `eye` and `hat` are anchor points. All silhouettes are asymmetric, and the eye is in
+# front: a subject must face somewhere, and facing must look alike on all of them.
 # ------------------------------------------------------------------------------------------------
 # fmt: off
 OUTLINES: dict[str, dict] = {
@@ -130,15 +132,24 @@ OUTLINES: dict[str, dict] = {
     "key": {
         "parts": [("ellipse", [(-0.2, -0.75), (1, 0.6)], 1.0),
                   ("polygon", [(0, -0.3), (-1, -0.3), (-1, 0.6), (-0.75, 0.6), (-0.75, 0.1),
-                               (-0.55, 0.1), (-0.55, 0.45), (-0.3, 0.45), (-0.3, 0.1), (0, 0.1)], 0.7)],
+                               (-0.55, 0.1), (-0.55, 0.45), (-0.3, 0.45), (-0.3, 0.1),
+                               (0, 0.1)], 0.7)],
         "eye": (0.42, -0.08), "hat": (0.4, -0.7)},
 }
 # fmt: on
-COLORS = {"red": (205, 45, 45), "yellow": (225, 195, 40), "green": (45, 160, 65),
-          "blue": (50, 90, 210), "purple": (150, 60, 185)}
-LETTERS = {"L": [[(-1, -1), (-1, 1), (1, 1)]], "T": [[(-1, -1), (1, -1)], [(0, -1), (0, 1)]],
-           "X": [[(-1, -1), (1, 1)], [(-1, 1), (1, -1)]],
-           "O": [[(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)]]}
+COLORS = {
+    "red": (205, 45, 45),
+    "yellow": (225, 195, 40),
+    "green": (45, 160, 65),
+    "blue": (50, 90, 210),
+    "purple": (150, 60, 185),
+}
+LETTERS = {
+    "L": [[(-1, -1), (-1, 1), (1, 1)]],
+    "T": [[(-1, -1), (1, -1)], [(0, -1), (0, 1)]],
+    "X": [[(-1, -1), (1, 1)], [(-1, 1), (1, -1)]],
+    "O": [[(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)]],
+}
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -147,7 +158,9 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     Returns: uint8 RGB (64, 64, 3).
     """
     size = 2 * IMAGE_SIZE
-    sky, ground = rng.uniform(190, 232, (2, 1)) + rng.uniform(-12, 12, (2, 3))  # pale, faintly tinted
+    sky, ground = rng.uniform(190, 232, (2, 1)) + rng.uniform(
+        -12, 12, (2, 3)
+    )  # pale, faintly tinted
     ramp = np.linspace(0, 1, size)[:, None, None]
     canvas = np.broadcast_to(sky * (1 - ramp) + ground * ramp, (size, size, 3)).astype(np.uint8)
     image = Image.fromarray(canvas)
@@ -161,7 +174,11 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     ball_x, sign_x = 64 - side * 30 + rng.uniform(-6, 6), 64 + side * 30 + rng.uniform(-6, 6)
     gray = int(rng.uniform(50, 110))
     pen.ellipse((ball_x - 12, strip_y - 12, ball_x + 12, strip_y + 12), fill=(gray, gray, gray))
-    pen.rectangle((sign_x - 16, strip_y - 15, sign_x + 16, strip_y + 15), fill=(252, 252, 252), outline=(0, 0, 0))
+    pen.rectangle(
+        (sign_x - 16, strip_y - 15, sign_x + 16, strip_y + 15),
+        fill=(252, 252, 252),
+        outline=(0, 0, 0),
+    )
     for stroke in LETTERS[scene["Text"]]:
         pen.line([(sign_x + 9 * x, strip_y + 9 * y) for x, y in stroke], fill=(0, 0, 0), width=6)
 
@@ -180,7 +197,9 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(small)
 
 
-def _draw_subject(pen, scene: Scene, x: float, y: float, half_w: float, half_h: float, color: np.ndarray) -> None:
+def _draw_subject(
+    pen, scene: Scene, x: float, y: float, half_w: float, half_h: float, color: np.ndarray
+) -> None:
     """One copy of the subject at (x, y) with its eye and, perhaps, its hat."""
     outline = OUTLINES[scene.subject]
     mirror = -1 if scene["Orientation"] == "left" else 1
@@ -200,17 +219,25 @@ def _draw_subject(pen, scene: Scene, x: float, y: float, half_w: float, half_h: 
     radius = 0.34 * math.sqrt(half_w * half_h)  # the same for tall and wide
     eye_x, eye_y = place(outline["eye"])
     if scene["State"] == "awake":
-        pen.ellipse((eye_x - radius, eye_y - radius, eye_x + radius, eye_y + radius), fill=(255, 255, 255))
+        pen.ellipse(
+            (eye_x - radius, eye_y - radius, eye_x + radius, eye_y + radius), fill=(255, 255, 255)
+        )
         pupil = 0.45 * radius
         pen.ellipse((eye_x - pupil, eye_y - pupil, eye_x + pupil, eye_y + pupil), fill=(0, 0, 0))
     else:
-        pen.rectangle((eye_x - radius, eye_y - 0.25 * radius, eye_x + radius, eye_y + 0.25 * radius), fill=(0, 0, 0))
+        pen.rectangle(
+            (eye_x - radius, eye_y - 0.25 * radius, eye_x + radius, eye_y + 0.25 * radius),
+            fill=(0, 0, 0),
+        )
 
     if scene["Presence"] == "hat":
         hat_x, hat_y = place(outline["hat"])
         brim, crown = 0.62 * math.sqrt(half_w * half_h), 0.4 * math.sqrt(half_w * half_h)
         pen.rectangle((hat_x - crown, hat_y - 1.6 * crown, hat_x + crown, hat_y), fill=(30, 25, 30))
-        pen.rectangle((hat_x - brim, hat_y - 0.3 * crown, hat_x + brim, hat_y + 0.2 * crown), fill=(30, 25, 30))
+        pen.rectangle(
+            (hat_x - brim, hat_y - 0.3 * crown, hat_x + brim, hat_y + 0.2 * crown),
+            fill=(30, 25, 30),
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,8 +250,17 @@ def phrase(scene: Scene, patterns) -> str:
     """The subject with the given attributes worked in, e.g. "two red fish facing left"."""
     text = "{}"
     # Inner to outer: words before the noun are wrapped around it in English adjective order.
-    order = ("Color", "Structural Character", "State", "Quantity",
-             "Orientation", "Presence", "Spatial", "Text", "Camera Perspective")
+    order = (
+        "Color",
+        "Structural Character",
+        "State",
+        "Quantity",
+        "Orientation",
+        "Presence",
+        "Spatial",
+        "Text",
+        "Camera Perspective",
+    )
     for pattern in order:
         if pattern in patterns:
             text = PATTERNS[pattern][scene[pattern]].format(text)
@@ -233,8 +269,11 @@ def phrase(scene: Scene, patterns) -> str:
 
 def caption(scene: Scene, rng: np.random.Generator, mention_probability: float) -> str:
     """A caption with reporting bias: mentionable attributes with some probability, others never."""
-    said = [p for p in PATTERNS
-            if scene.subject in mentioned_subjects(p) and rng.random() < mention_probability]
+    said = [
+        p
+        for p in PATTERNS
+        if scene.subject in mentioned_subjects(p) and rng.random() < mention_probability
+    ]
     return f"{PREFIX} {phrase(scene, said)}"
 
 
@@ -266,8 +305,10 @@ class ToyTokenizer:
             try:
                 ids = [self.start, *(self.ids[word] for word in text.split()), self.end]
             except KeyError as error:
-                raise ValueError(f"the toy world has no word {error} (in {text!r}); "
-                                 f"its words: {' '.join(self.ids)}") from None
+                raise ValueError(
+                    f"the toy world has no word {error} (in {text!r}); "
+                    f"its words: {' '.join(self.ids)}"
+                ) from None
             tokens[row, : len(ids)] = torch.tensor(ids)
         return tokens
 
@@ -332,9 +373,14 @@ def benchmark(mentioned: bool, pairs_per_pattern: int = 100, seed: int = 0) -> l
             others = [v for v in PATTERNS[pattern] if v != scene[pattern]]
             twin = scene.replace(pattern, others[rng.integers(len(others))])
             first = 2 * (number * pairs_per_pattern + k) + 1
-            pairs.append(Pair(
-                pattern, (draw(scene, rng), draw(twin, rng)),
-                (phrase(scene, [pattern]), phrase(twin, [pattern])), (first, first + 1)))
+            pairs.append(
+                Pair(
+                    pattern,
+                    (draw(scene, rng), draw(twin, rng)),
+                    (phrase(scene, [pattern]), phrase(twin, [pattern])),
+                    (first, first + 1),
+                )
+            )
     return pairs
 
 
@@ -351,13 +397,34 @@ def write_benchmark(pairs: list[Pair], folder: str | Path) -> None:
         for pair in pairs:
             target = folder / "MMVP_VLM_Images" / pair.pattern
             target.mkdir(parents=True, exist_ok=True)
-            for pixels, statement, number in zip(pair.images, pair.statements, pair.ids, strict=True):
+            for pixels, statement, number in zip(
+                pair.images, pair.statements, pair.ids, strict=True
+            ):
                 writer.writerow([number, pair.pattern, statement])
                 Image.fromarray(pixels).save(target / f"{number}.png")
 
 
-USAGE = """usage: python toyworld.py pretrain [flags]      make toy/ again (its flags: pretrain --help)
-       python toyworld.py benchmark FOLDER     write the pairs on unmentioned subjects as an MMVP-VLM folder"""
+USAGE = """usage: python toyworld.py pretrain [FLAGS]    make toy/ again (flags: pretrain --help)
+       python toyworld.py benchmark FOLDER   write the pairs on unmentioned subjects to disk,
+                                             in MMVP-VLM's format
+       python toyworld.py picture FILE.png   draw one pair per pattern"""
+
+
+def draw_patterns(path: Path) -> None:
+    """One pair of every pattern with its statements, three to a row."""
+    from pictures import labelled_rows
+
+    first = {
+        pair.pattern: pair
+        for pair in reversed(benchmark(mentioned=False, pairs_per_pattern=3, seed=7))
+    }
+    rows = []
+    for start in range(0, len(PATTERNS), 3):
+        pairs = [first[p] for p in list(PATTERNS)[start : start + 3]]
+        tiles = [to_tensor(image) for pair in pairs for image in pair.images]
+        statements = [s for pair in pairs for s in pair.statements]
+        rows.append((",  ".join(pair.pattern for pair in pairs), tiles, statements))
+    labelled_rows(rows, path, height=128)
 
 
 def main() -> None:
@@ -371,10 +438,14 @@ def main() -> None:
     elif command == "benchmark" and len(rest) == 1:
         write_benchmark(benchmark(mentioned=False), rest[0])
         print(f"written: {rest[0]}/Questions.csv, {rest[0]}/MMVP_VLM_Images")
+    elif command == "picture" and len(rest) == 1:
+        draw_patterns(Path(rest[0]))
     elif command in ("-h", "--help"):
         print(USAGE)
     else:
-        raise ValueError("expected 'pretrain' or 'benchmark FOLDER'; see python toyworld.py --help")
+        raise ValueError(
+            "expected 'pretrain', 'benchmark FOLDER' or 'picture FILE.png'; see python toyworld.py --help"
+        )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,26 @@ sys.path.insert(0, str(ROOT))
 from autoencoders import VAE, AutoencoderConfig  # noqa: E402
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig  # noqa: E402
 
-TINY_DENOISER = FlowDenoiserConfig(latent_channels=4, width=32, heads=2, axes=(4, 6, 6), double_blocks=1,
-                                   single_blocks=2, vector_dim=12, context_dim=20, guidance=True)
-TINY_VAE = AutoencoderConfig(base_channels=4, channel_multipliers=(1, 1, 2, 2), blocks_per_level=1,
-                             latent_channels=4, groups=2, shift=0.1, scale=0.8)
+TINY_DENOISER = FlowDenoiserConfig(
+    latent_channels=4,
+    width=32,
+    heads=2,
+    axes=(4, 6, 6),
+    double_blocks=1,
+    single_blocks=2,
+    vector_dim=12,
+    context_dim=20,
+    guidance=True,
+)
+TINY_VAE = AutoencoderConfig(
+    base_channels=4,
+    channel_multipliers=(1, 1, 2, 2),
+    blocks_per_level=1,
+    latent_channels=4,
+    groups=2,
+    shift=0.1,
+    scale=0.8,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +57,11 @@ def tiny_vae():
     return VAE(TINY_VAE).eval().requires_grad_(False)
 
 
-TINY_CLIP = {"embed_dim": 24,
-             "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-             "text_cfg": {"context_length": 16, "vocab_size": 60, "width": 32, "heads": 2, "layers": 1}}
+TINY_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 60, "width": 32, "heads": 2, "layers": 1},
+}
 
 
 @pytest.fixture
@@ -51,7 +69,8 @@ def make_genhancer():
     """A whole GenHancer of a few thousand parameters; keywords go to its constructor."""
     import open_clip
 
-    from genhancer import ClipInfo, GenHancer
+    from backbones import ClipInfo
+    from genhancer import GenHancer
 
     def make(**settings):
         torch.manual_seed(0)

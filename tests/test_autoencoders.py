@@ -16,12 +16,19 @@ def test_flux_vae_has_the_published_tensors():
     assert len(state) == 244
     assert sum(t.numel() for t in state.values()) == 83_819_683  # 83.8 M
     published = {
-        "encoder.conv_in.weight": (128, 3, 3, 3), "encoder.down.0.downsample.conv.weight": (128, 128, 3, 3),
-        "encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1), "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
-        "encoder.mid.block_2.norm1.weight": (512,), "encoder.conv_out.weight": (32, 512, 3, 3),
-        "decoder.conv_in.weight": (512, 16, 3, 3), "decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
-        "decoder.up.3.upsample.conv.bias": (512,), "decoder.up.1.block.2.conv2.weight": (256, 256, 3, 3),
-        "decoder.norm_out.weight": (128,), "decoder.conv_out.weight": (3, 128, 3, 3)}
+        "encoder.conv_in.weight": (128, 3, 3, 3),
+        "encoder.down.0.downsample.conv.weight": (128, 128, 3, 3),
+        "encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+        "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+        "encoder.mid.block_2.norm1.weight": (512,),
+        "encoder.conv_out.weight": (32, 512, 3, 3),
+        "decoder.conv_in.weight": (512, 16, 3, 3),
+        "decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+        "decoder.up.3.upsample.conv.bias": (512,),
+        "decoder.up.1.block.2.conv2.weight": (256, 256, 3, 3),
+        "decoder.norm_out.weight": (128,),
+        "decoder.conv_out.weight": (3, 128, 3, 3),
+    }
     assert {k: tuple(state[k].shape) for k in published} == published
     assert not any("downsample" in k for k in state if k.startswith("encoder.down.3"))
     assert not any("upsample" in k for k in state if k.startswith("decoder.up.0"))
@@ -47,7 +54,9 @@ def test_shift_and_scale_are_applied_and_undone(tiny_vae):
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     mean, log_variance = tiny_vae.moments(images)
     assert torch.allclose(tiny_vae.encode(images), (mean - 0.1) * 0.8)
-    assert torch.allclose(tiny_vae.decode(tiny_vae.encode(images)), tiny_vae.decoder(mean), atol=1e-5)
+    assert torch.allclose(
+        tiny_vae.decode(tiny_vae.encode(images)), tiny_vae.decoder(mean), atol=1e-5
+    )
     noise = torch.randn_like(mean)
     sampled = tiny_vae.encode(images, noise)
     assert torch.allclose(sampled, (mean + torch.exp(0.5 * log_variance) * noise - 0.1) * 0.8)
@@ -56,7 +65,9 @@ def test_shift_and_scale_are_applied_and_undone(tiny_vae):
 def test_attention_levels_give_taming_names():
     config = dataclasses.replace(TINY_VAE, attention_levels=(3,))
     state = ae.VAE(config).state_dict()
-    assert "encoder.down.3.attn.0.proj_out.weight" in state and "decoder.up.3.attn.1.q.bias" in state
+    assert (
+        "encoder.down.3.attn.0.proj_out.weight" in state and "decoder.up.3.attn.1.q.bias" in state
+    )
     assert not any(".attn." in k for k in state if "down.2" in k or "up.2" in k)
 
 

@@ -12,9 +12,28 @@ from test_train import TINY, equal, metrics, tensors, train
 
 
 def torchrun(ranks, runs, name, *extra, tiny=TINY):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-               str(ROOT / "train.py"), "--runs", str(runs), "--name", name, *tiny, *map(str, extra)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+        str(ROOT / "train.py"),
+        "--runs",
+        str(runs),
+        "--name",
+        name,
+        *tiny,
+        *map(str, extra),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -55,17 +74,37 @@ def after(stage, model, *args):
     open({str(tmp_path)!r} + f"/rank{{rank}}.json", "w").write(
         json.dumps({{"hash": checkpoints.fingerprint(model), "seen": seen[:40]}}))
 train.run_stage = after
-train.main()
+train.main(train.command_line())
 """)
     tiny = [*TINY, "--stage1_steps", "5", "--stage", "1", "--micro_batch", "4"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
-               "--runs", str(tmp_path), "--name", "spy", *tiny]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "spy",
+        *tiny,
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1)]
     assert ranks[0]["hash"] == ranks[1]["hash"]
     assert not set(ranks[0]["seen"]) & set(ranks[1]["seen"])
-    assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == list(range(80)), "five global batches of 16"
+    assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == list(range(80)), (
+        "five global batches of 16"
+    )
 
 
 def test_two_processes_resume_bit_equal(tmp_path):
@@ -74,6 +113,7 @@ def test_two_processes_resume_bit_equal(tmp_path):
     torchrun(2, tmp_path, "stopped", *micro)
     run = tmp_path / "stopped"
     import shutil
+
     shutil.rmtree(run / "stage2" / "step_00000004")
     torchrun(2, tmp_path, "stopped", *micro)
     assert equal(tensors(run, 2), tensors(tmp_path / "straight", 2))

@@ -18,6 +18,7 @@ DISTRIBUTIONS = [("logit-normal", s) for s in (0.1, 0.5, 1.0, 5.0, 10.0)] + [("u
 @pytest.mark.parametrize("distribution, scale", DISTRIBUTIONS)
 def test_density_integrates_to_one(distribution, scale):
     """In logit space, where the mass at both ends for large s is spread out: dt = t (1 − t) du."""
+
     def integrand(u):
         t = torch.sigmoid(torch.tensor(u, dtype=torch.float64))
         return float(fd.timestep_density(t, distribution, scale) * t * (1 - t))
@@ -49,7 +50,11 @@ def test_sampler_follows_the_density(distribution, scale):
 
 
 def test_a_wrong_scale_fails_the_same_test():
-    t = fd.sample_timesteps(20_000, "logit-normal", 1.0, torch.Generator().manual_seed(1)).logit().numpy()
+    t = (
+        fd.sample_timesteps(20_000, "logit-normal", 1.0, torch.Generator().manual_seed(1))
+        .logit()
+        .numpy()
+    )
     assert stats.kstest(t, lambda u: stats.norm.cdf(u / 1.1)).pvalue < 1e-3
 
 
@@ -63,7 +68,10 @@ def test_bad_distribution_is_refused(bad):
 
 # -- path and sampler (Eq. 1) --------------------------------------------------------------------
 def test_path_ends_and_velocity():
-    data, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    data, noise = (
+        torch.randn(2, 3, 4, dtype=torch.float64),
+        torch.randn(2, 3, 4, dtype=torch.float64),
+    )
     at_noise, velocity = fd.straight_path(data, noise, torch.zeros(2, dtype=torch.float64))
     at_data, _ = fd.straight_path(data, noise, torch.ones(2, dtype=torch.float64))
     assert torch.equal(at_noise, noise) and torch.equal(at_data, data)
@@ -82,53 +90,79 @@ def test_loss_is_per_image_mean_square():
     loss = fd.flow_matching_loss(lambda x, t: torch.zeros_like(x), data, noise, torch.rand(3))
     by_hand = torch.stack([((data[i] - noise[i]) ** 2).mean() for i in range(3)])
     assert torch.allclose(loss, by_hand)
-    assert fd.flow_matching_loss(lambda x, t: data - noise, data, noise, torch.rand(3)).abs().max() == 0
+    assert (
+        fd.flow_matching_loss(lambda x, t: data - noise, data, noise, torch.rand(3)).abs().max()
+        == 0
+    )
 
 
 def test_euler_is_exact_on_a_constant_field():
     noise, field = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     for steps in (1, 7, 50):
-        assert torch.allclose(fd.euler_sample(lambda x, t: field, noise, steps), noise + field, atol=1e-12)
+        assert torch.allclose(
+            fd.euler_sample(lambda x, t: field, noise, steps), noise + field, atol=1e-12
+        )
 
 
 def test_euler_has_order_one_on_a_linear_field():
     """dx/dt = −x: halving the step must halve the error."""
     start = torch.ones(1, 1, dtype=torch.float64)
-    errors = [abs(float(fd.euler_sample(lambda x, t: -x, start, n)) - math.exp(-1)) for n in (64, 128, 256)]
+    errors = [
+        abs(float(fd.euler_sample(lambda x, t: -x, start, n)) - math.exp(-1))
+        for n in (64, 128, 256)
+    ]
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
     assert all(0.97 < o < 1.03 for o in orders), orders
 
 
 def test_euler_passes_rising_times_from_zero():
     seen = []
-    fd.euler_sample(lambda x, t: seen.append(float(t[0])) or torch.zeros_like(x), torch.zeros(1, 1), 4)
+    fd.euler_sample(
+        lambda x, t: seen.append(float(t[0])) or torch.zeros_like(x), torch.zeros(1, 1), 4
+    )
     assert seen == [0.0, 0.25, 0.5, 0.75]
 
 
 # -- the network ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("double, single, billions", [(1, 2, 0.687), (2, 4, 1.310), (3, 6, 1.933), (4, 8, 2.556),
-                                                       (19, 38, 11.901)])
+@pytest.mark.parametrize(
+    "double, single, billions",
+    [(1, 2, 0.687), (2, 4, 1.310), (3, 6, 1.933), (4, 8, 2.556), (19, 38, 11.901)],
+)
 def test_parameter_counts(double, single, billions):
     """Tab. 7: 1.31 B and 11.90 B; guidance embedding included."""
     with torch.device("meta"):
-        denoiser = fd.FlowDenoiser(fd.FlowDenoiserConfig(double_blocks=double, single_blocks=single))
+        denoiser = fd.FlowDenoiser(
+            fd.FlowDenoiserConfig(double_blocks=double, single_blocks=single)
+        )
     assert sum(p.numel() for p in denoiser.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
 def test_flux_names_and_shapes():
     """A sample of FLUX.1's published state dict, with its shapes, and the total of 780 tensors."""
     with torch.device("meta"):
-        state = fd.FlowDenoiser(fd.FlowDenoiserConfig(double_blocks=19, single_blocks=38)).state_dict()
+        state = fd.FlowDenoiser(
+            fd.FlowDenoiserConfig(double_blocks=19, single_blocks=38)
+        ).state_dict()
     published = {
-        "img_in.weight": (3072, 64), "txt_in.weight": (3072, 4096), "time_in.in_layer.weight": (3072, 256),
-        "vector_in.in_layer.weight": (3072, 768), "guidance_in.out_layer.bias": (3072,),
-        "double_blocks.18.img_mod.lin.weight": (18432, 3072), "double_blocks.0.txt_attn.qkv.bias": (9216,),
-        "double_blocks.0.img_attn.norm.query_norm.scale": (128,), "double_blocks.3.txt_attn.norm.key_norm.scale": (128,),
-        "double_blocks.0.img_attn.proj.weight": (3072, 3072), "double_blocks.0.img_mlp.0.weight": (12288, 3072),
-        "double_blocks.0.txt_mlp.2.weight": (3072, 12288), "single_blocks.37.linear1.weight": (21504, 3072),
-        "single_blocks.0.linear2.weight": (3072, 15360), "single_blocks.0.modulation.lin.weight": (9216, 3072),
-        "single_blocks.0.norm.key_norm.scale": (128,), "final_layer.linear.weight": (64, 3072),
-        "final_layer.adaLN_modulation.1.weight": (6144, 3072)}
+        "img_in.weight": (3072, 64),
+        "txt_in.weight": (3072, 4096),
+        "time_in.in_layer.weight": (3072, 256),
+        "vector_in.in_layer.weight": (3072, 768),
+        "guidance_in.out_layer.bias": (3072,),
+        "double_blocks.18.img_mod.lin.weight": (18432, 3072),
+        "double_blocks.0.txt_attn.qkv.bias": (9216,),
+        "double_blocks.0.img_attn.norm.query_norm.scale": (128,),
+        "double_blocks.3.txt_attn.norm.key_norm.scale": (128,),
+        "double_blocks.0.img_attn.proj.weight": (3072, 3072),
+        "double_blocks.0.img_mlp.0.weight": (12288, 3072),
+        "double_blocks.0.txt_mlp.2.weight": (3072, 12288),
+        "single_blocks.37.linear1.weight": (21504, 3072),
+        "single_blocks.0.linear2.weight": (3072, 15360),
+        "single_blocks.0.modulation.lin.weight": (9216, 3072),
+        "single_blocks.0.norm.key_norm.scale": (128,),
+        "final_layer.linear.weight": (64, 3072),
+        "final_layer.adaLN_modulation.1.weight": (6144, 3072),
+    }
     assert {k: tuple(state[k].shape) for k in published} == published
     assert len(state) == 780
 
@@ -136,16 +170,24 @@ def test_flux_names_and_shapes():
 def inputs(denoiser, dtype=torch.float32, tokens=1):
     c = denoiser.config
     x = torch.randn(3, c.latent_channels, 8, 6, dtype=dtype)
-    return x, torch.rand(3, dtype=dtype), torch.randn(3, tokens, c.context_dim, dtype=dtype), torch.randn(
-        3, c.vector_dim, dtype=dtype)
+    return (
+        x,
+        torch.rand(3, dtype=dtype),
+        torch.randn(3, tokens, c.context_dim, dtype=dtype),
+        torch.randn(3, c.vector_dim, dtype=dtype),
+    )
 
 
 def test_shapes_and_dependence(tiny_denoiser):
     x, t, context, vector = inputs(tiny_denoiser, tokens=5)
     out = tiny_denoiser(x, t, context, vector)
     assert out.shape == x.shape
-    for changed in ((x + 1, t, context, vector), (x, 1 - t, context, vector), (x, t, context + 1, vector),
-                    (x, t, context, vector + 1)):
+    for changed in (
+        (x + 1, t, context, vector),
+        (x, 1 - t, context, vector),
+        (x, t, context + 1, vector),
+        (x, t, context, vector + 1),
+    ):
         assert not torch.allclose(tiny_denoiser(*changed), out)
 
 
@@ -194,7 +236,10 @@ def test_flux_time_is_a_negated_final_layer_and_a_flipped_clock():
 def test_rope_depends_on_relative_position_only():
     """⟨R(p) q, R(p + d) k⟩ is the same for every p."""
     axes, theta = (4, 6, 6), 10_000.0
-    q, k = torch.randn(1, 1, 1, 16, dtype=torch.float64), torch.randn(1, 1, 1, 16, dtype=torch.float64)
+    q, k = (
+        torch.randn(1, 1, 1, 16, dtype=torch.float64),
+        torch.randn(1, 1, 1, 16, dtype=torch.float64),
+    )
 
     def product(p, p2):
         turned = []
@@ -221,7 +266,9 @@ def test_adaln_zero_starts_at_zero_and_default_does_not(tiny_denoiser):
     assert tiny_denoiser(*args).abs().max() > 0
 
 
-@pytest.mark.parametrize("change, message", [({"heads": 3}, "width"), ({"initialisation": "ones"}, "initialisation")])
+@pytest.mark.parametrize(
+    "change, message", [({"heads": 3}, "width"), ({"initialisation": "ones"}, "initialisation")]
+)
 def test_bad_configuration(change, message):
     with pytest.raises(ValueError, match=message):
         fd.FlowDenoiser(dataclasses.replace(TINY_DENOISER, **change))

@@ -8,8 +8,11 @@ from torch import nn
 
 import lora
 
-CFG = {"embed_dim": 24, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-       "text_cfg": {"context_length": 8, "vocab_size": 20, "width": 32, "heads": 2, "layers": 1}}
+CFG = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 20, "width": 32, "heads": 2, "layers": 1},
+}
 
 
 def make_clip():
@@ -23,8 +26,15 @@ class SiglipLike(nn.Module):
     def __init__(self):
         super().__init__()
         self.trunk = timm.models.vision_transformer.VisionTransformer(
-            img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0, global_pool="map",
-            class_token=False)
+            img_size=32,
+            patch_size=8,
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            num_classes=0,
+            global_pool="map",
+            class_token=False,
+        )
 
     def forward(self, x):
         return self.trunk(x)
@@ -185,7 +195,9 @@ def test_published_counts_vit_l_14():
     assert adapters == 7_077_888 and projection == 28_672 and biases == 221_184
 
 
-@pytest.mark.parametrize("kwargs, message", [({"rank": 0}, "rank"), ({"bias": "all"}, "bias policy")])
+@pytest.mark.parametrize(
+    "kwargs, message", [({"rank": 0}, "rank"), ({"bias": "all"}, "bias policy")]
+)
 def test_bad_settings(kwargs, message):
     with pytest.raises(ValueError, match=message):
         lora.inject_lora(make_clip().visual, **kwargs)

@@ -1,4 +1,5 @@
-"""toyworld.py: the reporting bias, the drawing, the captions, the benchmark, the shipped weights."""
+"""toyworld.py: the reporting bias, the drawing, the captions, the benchmark, the shipped
+weights."""
 
 import json
 
@@ -10,8 +11,17 @@ import toyworld as toy
 
 
 def test_nine_patterns_in_the_papers_order():
-    assert list(toy.PATTERNS) == ["Orientation", "Presence", "State", "Quantity", "Spatial", "Color",
-                                  "Structural Character", "Text", "Camera Perspective"]
+    assert list(toy.PATTERNS) == [
+        "Orientation",
+        "Presence",
+        "State",
+        "Quantity",
+        "Spatial",
+        "Color",
+        "Structural Character",
+        "Text",
+        "Camera Perspective",
+    ]
 
 
 def test_every_attribute_is_mentioned_for_some_subjects_only():
@@ -24,8 +34,10 @@ def test_every_attribute_is_mentioned_for_some_subjects_only():
 
 def test_captions_never_mention_what_they_may_not():
     rng = np.random.default_rng(0)
-    words = {p: {w for t in v.values() for w in t.replace("{}", "").split()} - {"a", "with", "without"}
-             for p, v in toy.PATTERNS.items()}
+    words = {
+        p: {w for t in v.values() for w in t.replace("{}", "").split()} - {"a", "with", "without"}
+        for p, v in toy.PATTERNS.items()
+    }
     said = dict.fromkeys(toy.PATTERNS, 0)
     for _ in range(3000):
         scene = toy.random_scene(rng)
@@ -83,7 +95,9 @@ def test_longest_captions_and_statements_fit():
     tokenizer, rng = toy.ToyTokenizer(), np.random.default_rng(0)
     tokenizer([toy.caption(toy.random_scene(rng), rng, 1.0) for _ in range(2000)])
     for mentioned in (True, False):
-        tokenizer([f"{toy.PREFIX} {s}" for pair in toy.benchmark(mentioned, 8) for s in pair.statements])
+        tokenizer(
+            [f"{toy.PREFIX} {s}" for pair in toy.benchmark(mentioned, 8) for s in pair.statements]
+        )
 
 
 @pytest.mark.parametrize("mentioned", [True, False])
@@ -99,12 +113,14 @@ def test_benchmark_pairs(mentioned):
         assert not np.array_equal(*pair.images)
     again, other = toy.benchmark(mentioned, 12, seed=3), toy.benchmark(mentioned, 12, seed=4)
     assert all(np.array_equal(a.images[0], b.images[0]) for a, b in zip(pairs, again, strict=True))
-    assert not all(np.array_equal(a.images[0], b.images[0]) for a, b in zip(pairs, other, strict=True))
+    assert not all(
+        np.array_equal(a.images[0], b.images[0]) for a, b in zip(pairs, other, strict=True)
+    )
 
 
 def test_shipped_weights_load_and_are_small():
     from autoencoders import load_vae
-    from genhancer import load_clip
+    from backbones import load_clip
 
     files = list(toy.TOY_DIR.glob("*.safetensors"))
     assert sum(f.stat().st_size for f in files) <= 12e6
@@ -114,7 +130,9 @@ def test_shipped_weights_load_and_are_small():
     world = toy.ToyScenes(256, seed=77)
     images = torch.stack([world[(i, 0)]["image"] for i in range(256)])
     latents = vae.encode(images * 2 - 1)
-    assert abs(float(latents.mean())) < 0.1 and 0.9 < float(latents.std()) < 1.1, "shift and scale fit"
+    assert abs(float(latents.mean())) < 0.1 and 0.9 < float(latents.std()) < 1.1, (
+        "shift and scale fit"
+    )
     psnr = 10 * torch.log10(4 / (vae.decode(latents) - (images * 2 - 1)).square().mean())
     assert psnr > 22
 

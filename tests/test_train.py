@@ -14,17 +14,62 @@ from safetensors.torch import load_file
 
 import checkpoints as ckpt
 import toyworld
-from genhancer import load_clip
+from backbones import load_clip
 
-TINY = ["--toy_images", "48", "--width", "32", "--heads", "2", "--rope_axes", "4,6,6", "--vector_dim", "12",
-        "--context_dim", "20", "--batch", "16", "--micro_batch", "16", "--warmup", "2", "--stage1_steps", "6",
-        "--stage2_steps", "4", "--log_every", "3", "--save_every", "2", "--sample_every", "100", "--lora_rank", "4"]
-TIMES = {"images_per_s", "memory_gb"}  # the only fields of a metrics line that may differ between equal runs
+TINY = [
+    "--toy_images",
+    "48",
+    "--width",
+    "32",
+    "--heads",
+    "2",
+    "--rope_axes",
+    "4,6,6",
+    "--vector_dim",
+    "12",
+    "--context_dim",
+    "20",
+    "--batch",
+    "16",
+    "--micro_batch",
+    "16",
+    "--warmup",
+    "2",
+    "--stage1_steps",
+    "6",
+    "--stage2_steps",
+    "4",
+    "--log_every",
+    "3",
+    "--save_every",
+    "2",
+    "--sample_every",
+    "100",
+    "--lora_rank",
+    "4",
+]
+TIMES = {
+    "images_per_s",
+    "memory_gb",
+}  # the only fields of a metrics line that may differ between equal runs
 
 
 def train(runs, name, *extra, tiny=TINY):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), "--runs", str(runs), "--name", name, *tiny,
-                           *map(str, extra)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--runs",
+            str(runs),
+            "--name",
+            name,
+            *tiny,
+            *map(str, extra),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def metrics(run):
@@ -50,14 +95,24 @@ def straight(tmp_path_factory):
 
 
 def test_what_a_run_leaves_behind(straight):
-    assert {p.name for p in straight.iterdir()} == {"config.json", "metrics.jsonl", "stage1", "stage2", "samples",
-                                                    "enhanced"}
+    assert {p.name for p in straight.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "stage1",
+        "stage2",
+        "samples",
+        "enhanced",
+    }
     lines = metrics(straight)
     assert [(line["stage"], line["step"]) for line in lines] == [(1, 3), (1, 6), (2, 3), (2, 4)]
     assert {"images", "loss", "loss_per_t_bin", "lr", "gradient_norm"} <= lines[0].keys()
-    assert "drift" not in lines[0] and "drift" in lines[-1] and len(lines[0]["loss_per_t_bin"]) == 10
+    assert (
+        "drift" not in lines[0] and "drift" in lines[-1] and len(lines[0]["loss_per_t_bin"]) == 10
+    )
     config = json.loads((straight / "config.json").read_text())
-    assert config["settings"]["stage1_steps"] == 6 and config["versions"]["torch"] == torch.__version__
+    assert (
+        config["settings"]["stage1_steps"] == 6 and config["versions"]["torch"] == torch.__version__
+    )
     grid = Image.open(straight / "samples" / "stage1_step000006.png")
     assert np.asarray(grid).std() > 10
     names = [p.name for p in ckpt.checkpoints_in(straight / "stage1")]
@@ -65,7 +120,11 @@ def test_what_a_run_leaves_behind(straight):
 
 
 def test_checkpoints_hold_what_trains_and_nothing_else(straight):
-    assert {n.split(".")[0] for n in tensors(straight, 1)} == {"denoiser", "project_vector", "project_context"}
+    assert {n.split(".")[0] for n in tensors(straight, 1)} == {
+        "denoiser",
+        "project_vector",
+        "project_context",
+    }
     stage2 = tensors(straight, 2)
     assert all(n.startswith("visual.") and n.endswith((".A", ".B", "bias")) for n in stage2)
 
@@ -77,9 +136,13 @@ def test_enhanced_model_loads_everywhere(straight):
     original, _ = load_clip(str(toyworld.TOY_DIR / "clip.safetensors"))
     images = torch.rand(4, 3, 64, 64)
     assert torch.equal(ours.encode_image(images), theirs.eval().encode_image(images))
-    assert not torch.equal(ours.encode_image(images), original.encode_image(images)), "stage 2 changed the tower"
+    assert not torch.equal(ours.encode_image(images), original.encode_image(images)), (
+        "stage 2 changed the tower"
+    )
     text = toyworld.ToyTokenizer()(["a photo of fish"])
-    assert torch.equal(ours.encode_text(text), original.encode_text(text)), "and left the text tower alone"
+    assert torch.equal(ours.encode_text(text), original.encode_text(text)), (
+        "and left the text tower alone"
+    )
     assert ours.state_dict().keys() == original.state_dict().keys()
     assert "| 2 | 4 |" in (folder / "README.md").read_text()
 
@@ -98,8 +161,12 @@ def test_stop_and_resume_is_bit_equal(straight, tmp_path):
         assert equal(tensors(run, stage), before)
     for stage in (1, 2):
         assert equal(tensors(run, stage), tensors(straight, stage))
-        state = [torch.load(ckpt.checkpoints_in(r / f"stage{stage}")[-1] / "optimizer.pt", weights_only=True)
-                 for r in (run, straight)]
+        state = [
+            torch.load(
+                ckpt.checkpoints_in(r / f"stage{stage}")[-1] / "optimizer.pt", weights_only=True
+            )
+            for r in (run, straight)
+        ]
         for index, values in state[0]["state"].items():
             assert all(torch.equal(v, state[1]["state"][index][k]) for k, v in values.items())
     assert metrics(run) == metrics(straight)
@@ -107,9 +174,20 @@ def test_stop_and_resume_is_bit_equal(straight, tmp_path):
 
 def test_a_kill_in_mid_run_loses_nothing(straight, tmp_path):
     """SIGKILL as soon as the first checkpoint is there; then the same command again."""
-    command = [sys.executable, str(ROOT / "train.py"), "--runs", str(tmp_path), "--name", "killed", *TINY]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "killed",
+        *TINY,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
     import time
+
     deadline = time.time() + 120
     while not ckpt.checkpoints_in(tmp_path / "killed" / "stage1") and time.time() < deadline:
         time.sleep(0.02)
@@ -138,11 +216,20 @@ def test_accumulation_and_cache_change_next_to_nothing(straight, tmp_path):
 
 
 ABLATIONS = {
-    "all": ["--stage2_trains", "all"], "direct": ["--tuning", "direct"], "local": ["--local_ratio", "50"],
-    "uniform": ["--time_distribution", "uniform"], "scale": ["--time_scale", "5"], "drift": ["--drift_weight", "0.2"],
-    "mean": ["--no-posterior"], "blocks": ["--blocks", "2"], "init": ["--initialisation", "pytorch"],
-    "guidance": ["--guidance"], "no bias": ["--lora_bias", "none"], "constant": ["--schedule", "constant"],
-    "seed": ["--seed", "1"]}
+    "all": ["--stage2_trains", "all"],
+    "direct": ["--tuning", "direct"],
+    "local": ["--local_ratio", "50"],
+    "uniform": ["--time_distribution", "uniform"],
+    "scale": ["--time_scale", "5"],
+    "drift": ["--drift_weight", "0.2"],
+    "mean": ["--no-posterior"],
+    "blocks": ["--blocks", "2"],
+    "init": ["--initialisation", "pytorch"],
+    "guidance": ["--guidance"],
+    "no bias": ["--lora_bias", "none"],
+    "constant": ["--schedule", "constant"],
+    "seed": ["--seed", "1"],
+}
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -154,7 +241,10 @@ def test_every_ablation_flag_changes_the_run(straight, tmp_path, name):
     assert np.isfinite(changed["loss"]) and changed["stage"] == 2
     base = metrics(straight)[2]
     assert (changed["loss"], changed["drift"], changed["gradient_norm"]) != (
-        base["loss"], base["drift"], base["gradient_norm"])
+        base["loss"],
+        base["drift"],
+        base["gradient_norm"],
+    )
 
 
 def test_end_to_end_has_no_stage_1(tmp_path):
@@ -162,7 +252,9 @@ def test_end_to_end_has_no_stage_1(tmp_path):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "e"
     assert not (run / "stage1").exists()
-    assert {"visual", "denoiser", "project_vector", "project_context"} == {n.split(".")[0] for n in tensors(run, 2)}
+    assert {"visual", "denoiser", "project_vector", "project_context"} == {
+        n.split(".")[0] for n in tensors(run, 2)
+    }
 
 
 def test_stage1_from_another_run(straight, tmp_path):
@@ -193,7 +285,17 @@ def test_real_photographs_both_stages(tmp_path):
     folder = ROOT.parent / "shared" / "data" / "photos"
     if not folder.is_dir():
         pytest.skip("no ../shared/data/photos here")
-    tiny = [*TINY, "--stage1_steps", "60", "--stage2_steps", "10", "--log_every", "10", "--save_every", "60"]
+    tiny = [
+        *TINY,
+        "--stage1_steps",
+        "60",
+        "--stage2_steps",
+        "10",
+        "--log_every",
+        "10",
+        "--save_every",
+        "60",
+    ]
     done = train(tmp_path, "real", "--data", folder, tiny=tiny)
     assert done.returncode == 0, done.stderr
     lines = [line for line in metrics(tmp_path / "real") if line["stage"] == 1]
@@ -235,11 +337,14 @@ def test_full_size_presets_say_what_is_missing(tmp_path):
     assert done.returncode == 2 and "--vae is missing" in done.stderr
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--width", "64", "--rope_axes", "8,12,12"], "another architecture (denoiser.axes"),
-    (["--stage1_lr", "1e-5"], "another settings (stage1_lr"),
-    (["--seed", "3"], "another settings (seed"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--width", "64", "--rope_axes", "8,12,12"], "another architecture (denoiser.axes"),
+        (["--stage1_lr", "1e-5"], "another settings (stage1_lr"),
+        (["--seed", "3"], "another settings (seed"),
+    ],
+)
 def test_going_on_with_other_settings_is_refused(straight, flags, message):
     done = train(straight.parent, "straight", *flags)
     assert done.returncode == 2 and message in done.stderr.replace("\n", " ")
@@ -247,7 +352,9 @@ def test_going_on_with_other_settings_is_refused(straight, flags, message):
 
 def test_stage2_refuses_stage1_of_another_architecture_by_name(straight, tmp_path):
     done = train(tmp_path, "x", "--stage", "2", "--stage1_from", straight, "--vector_dim", "16")
-    assert done.returncode == 2 and "another architecture: denoiser.vector_dim: 12 → 16" in done.stderr
+    assert (
+        done.returncode == 2 and "another architecture: denoiser.vector_dim: 12 → 16" in done.stderr
+    )
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -255,7 +362,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     file = ckpt.checkpoints_in(tmp_path / "d" / "stage1")[-1] / "trained.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     done = train(tmp_path, "d", "--stage", "2")
-    assert done.returncode == 2 and "is damaged" in done.stderr and "delete this folder" in done.stderr
+    assert (
+        done.returncode == 2 and "is damaged" in done.stderr and "delete this folder" in done.stderr
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -264,5 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_help_names_every_flag_and_an_example():
-    done = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0 and "--drift_weight" in done.stdout and "torchrun" in done.stdout

@@ -1,0 +1,154 @@
+"""What a run leaves behind: metrics, sample grids, its configuration, and the enhanced CLIP.
+
+Everything is written so that a kill at any moment leaves it whole, and so that a resumed run leaves
+exactly what an undisturbed one would have left.
+"""
+
+import json
+import platform
+import resource
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import checkpoints as ckpt
+from genhancer import GenHancer
+from lora import lora_state_dict, merged_state_dict
+from pictures import sample_grid
+from settings import Settings
+
+T_BINS = 10  # the loss is logged per tenth of t: one mean hides that its ends behave differently
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process runs."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    autocast: bool
+
+    @property
+    def chief(self) -> bool:
+        return self.rank == 0
+
+
+class Window:
+    """Sums of what is logged, since the last line of metrics.jsonl. Saved with every checkpoint, so
+    that a resumed run writes the same lines."""
+
+    def __init__(self, sums: list[float] | None = None):
+        # Loss and count per bin of t; drift and its count; gradient norm.
+        self.sums = np.array(sums or [0.0] * (2 * T_BINS + 3))
+
+    def add(self, result: dict, place: Place) -> None:
+        """Add one micro-batch: per-image losses into their bin of t."""
+        bins = (result["t"] * T_BINS).long().clamp(0, T_BINS - 1).cpu()
+        per_image = result["per_image"].double().cpu()
+        sums = torch.zeros(len(self.sums), dtype=torch.float64)
+        sums[:T_BINS].index_add_(0, bins, per_image)
+        sums[T_BINS : 2 * T_BINS].index_add_(0, bins, torch.ones_like(per_image))
+        if "drift" in result:
+            sums[-3], sums[-2] = result["drift"].double().sum().cpu(), len(bins)
+        if place.ranks > 1:
+            sums = sums.to(place.device)
+            dist.all_reduce(sums)
+        self.sums += sums.cpu().numpy()
+
+    def line(self, steps: int) -> dict:
+        loss, count = self.sums[:T_BINS], self.sums[T_BINS : 2 * T_BINS]
+        line = {
+            "loss": loss.sum() / count.sum(),
+            "loss_per_t_bin": [
+                float(a / b) if b else None for a, b in zip(loss, count, strict=True)
+            ],
+            "gradient_norm": self.sums[-1] / steps,
+        }
+        if self.sums[-2]:
+            line["drift"] = self.sums[-3] / self.sums[-2]
+        return line
+
+
+def draw_samples(model: GenHancer, dataset, path: Path, place: Place) -> None:
+    """The sample grid. Run on one rank, on its own generators: it changes nothing of the run."""
+    images = torch.stack([dataset[(i, 0)]["image"] for i in range(min(8, len(dataset)))]).to(
+        place.device
+    )
+    model.eval()
+    with torch.random.fork_rng():
+        sample_grid(images, *model.reconstruct(images), path)
+    model.train()
+
+
+def trim_metrics(path: Path, stage: int, step: int) -> None:
+    """Drop a stage's lines after the checkpoint it goes on from: they will be written again."""
+    if path.is_file():
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
+        ckpt.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def memory_gb(place: Place) -> float:
+    """Peak memory: of the GPU where there is one, else of this process."""
+    if place.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
+
+
+def write_config(settings: Settings, place: Place, run: Path) -> None:
+    """All settings, versions and the git commit, so that a run can be told from another."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    about = {
+        "settings": asdict(settings),
+        "versions": versions,
+        "commit": git.stdout.strip() or None,
+        "ranks": place.ranks,
+        "device": str(place.device),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    ckpt.write_atomically(run / "config.json", json.dumps(about, indent=1))
+
+
+def write_enhanced(clip, model: GenHancer, settings: Settings, run: Path) -> None:
+    """The result: a folder that `open_clip.create_model_from_pretrained('local-dir:…')` loads."""
+    folder = run / "enhanced"
+    rest = {k: v for k, v in clip.state_dict().items() if not k.startswith("visual.")}
+    tower = {f"visual.{k}": v for k, v in merged_state_dict(model.visual).items()}
+    ckpt.save_tensors({**rest, **tower}, folder / "open_clip_model.safetensors")
+    ckpt.write_atomically(
+        folder / "open_clip_config.json", json.dumps(model.info.open_clip_config(), indent=1)
+    )
+    if settings.tuning == "lora":
+        # In a folder of its own: open_clip takes any .safetensors beside its config for weights.
+        ckpt.save_tensors(lora_state_dict(model.visual), folder / "lora" / "lora.safetensors")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = {line["stage"]: line for line in lines}
+    rows = [
+        f"| {stage} | {line['step']} | {line['images']:,} | {line['loss']:.4f} | "
+        f"{line.get('drift', 0):.4f} |"
+        for stage, line in sorted(last.items())
+    ]
+    card = [
+        "# CLIP enhanced by GenHancer",
+        "",
+        f"Base: `{settings.clip}`. The text tower is unchanged. Load with",
+        f"`open_clip.create_model_from_pretrained('local-dir:{folder}')`.",
+        "",
+        "| stage | steps | images seen | loss | drift 1 − cos |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        "Benchmark figures: `python eval_mmvp.py` writes them beside this folder, in `eval/`.",
+        "The licence of the base weights applies to these weights as well.",
+        "",
+    ]
+    ckpt.write_atomically(folder / "README.md", "\n".join(card))

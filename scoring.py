@@ -1,0 +1,111 @@
+"""Who was right, how sure are we, and did it change? The arithmetic behind every table.
+
+A percentage of 135 pairs means little by itself. This file holds the rule that makes a pair count,
+the interval that belongs to a proportion, the paired test that belongs to before/after, and the
+table that prints all of them together. This module imports nothing of this project.
+
+Letters: K pairs, d width of the joint space.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# The nine visual patterns in the order of Tab. 1; other names come after them.
+MMVP_PATTERNS = (
+    "Orientation",
+    "Presence",
+    "State",
+    "Quantity",
+    "Spatial",
+    "Color",
+    "Structural Character",
+    "Text",
+    "Camera Perspective",
+)
+
+
+def pair_hits(images: Tensor, texts: Tensor) -> np.ndarray:
+    """MMVP's rule. images, texts: unit vectors (K, 2, d) → bool (K,): both texts found their
+    image."""
+    similarity = torch.einsum("ktd,kid->kti", texts, images)  # (K, text, image)
+    first = similarity[:, 0, 0] > similarity[:, 0, 1]  # strictly: a tie is wrong
+    second = similarity[:, 1, 1] > similarity[:, 1, 0]
+    return (first & second).numpy()
+
+
+def wilson_interval(hits: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % confidence interval of a proportion that stays honest near 0 and 1. Returns
+    fractions."""
+    p, z2 = hits / n, z * z
+    center = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def mcnemar(before: np.ndarray, after: np.ndarray) -> tuple[int, int, float]:
+    """Exact paired test. Returns pairs won, pairs lost, two-sided p.
+
+    If nothing had changed, a changed pair would be as likely a win as a loss: a fair coin thrown
+    won + lost times. Integer arithmetic throughout, so p is exact for any number of pairs.
+    """
+    won, lost = int((~before & after).sum()), int((before & ~after).sum())
+    n = won + lost
+    tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1))
+    return (
+        won,
+        lost,
+        min(
+            1.0,
+            float(2 * tail / 2**n) if n < 1000 else math.exp(math.log(2 * tail) - n * math.log(2)),
+        ),
+    )
+
+
+def summarise(patterns: list[str], hits: dict[str, np.ndarray]) -> list[dict]:
+    """One row per pattern and one for the average, every model against the first."""
+    rows, first = [], next(iter(hits))
+    order = [p for p in MMVP_PATTERNS if p in patterns] + sorted(set(patterns) - set(MMVP_PATTERNS))
+    for pattern in [*order, "Average"]:
+        mask = np.array([pattern in (p, "Average") for p in patterns])
+        row = {"pattern": pattern, "n": int(mask.sum()), "models": {}}
+        for name, verdict in hits.items():
+            count = int(verdict[mask].sum())
+            low, high = wilson_interval(count, row["n"])
+            entry = {
+                "hits": count,
+                "percent": 100 * count / row["n"],
+                "interval": [100 * low, 100 * high],
+            }
+            if name != first:
+                won, lost, p = mcnemar(hits[first][mask], verdict[mask])
+                entry |= {"change": 100 * (won - lost) / row["n"], "won": won, "lost": lost, "p": p}
+            row["models"][name] = entry
+        rows.append(row)
+    return rows
+
+
+def markdown(title: str, rows: list[dict]) -> str:
+    """A table for terminals and README alike."""
+    names = list(rows[0]["models"])
+    head = ["pattern", "n"]
+    for i, name in enumerate(names):
+        head += [f"{name}, % [95 %]"] + (["change", "won/lost", "McNemar p"] if i else [])
+    table = [head]
+    for row in rows:
+        cells = [row["pattern"], str(row["n"])]
+        for i, name in enumerate(names):
+            m = row["models"][name]
+            cells.append(f"{m['percent']:.1f} [{m['interval'][0]:.1f}, {m['interval'][1]:.1f}]")
+            if i:
+                cells += [f"{m['change']:+.1f}", f"{m['won']}/{m['lost']}", f"{m['p']:.2g}"]
+        table.append(cells)
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in table
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return f"**{title}**\n\n" + "\n".join(lines) + "\n"

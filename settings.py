@@ -1,0 +1,176 @@
+"""Every setting of a run, each with the sentence that explains it.
+
+A field is a flag of train.py and its help is ``--help``. The defaults are the paper's full size
+(Sec. 5.1, App. B); a preset replaces some, and a flag given by hand wins over both. What the paper
+leaves open (both projectors, guidance, LoRA's biases, the crop) follows the official code.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cli import setting
+
+TOY_DIR = Path(__file__).resolve().parent / "toy"
+
+
+@dataclass(frozen=True)
+class Settings:
+    preset: str = setting("toy", "named set of defaults; flags given by hand win")
+    stage: str = setting(
+        "both", "which stage to run; 2 starts from stage 1 of the same run", ("1", "2", "both")
+    )
+    name: str = setting("", "run name, default: the preset's; everything goes to RUNS/NAME")
+    runs: str = setting("runs", "folder of all runs")
+    stage1_from: str = setting(
+        "", "another run directory whose stage 1 to start stage 2 from (for ablations)"
+    )
+    # what is looked at
+    data: str = setting("", "folder or list of images; empty: the toy world's own scenes")
+    toy_images: int = setting(16384, "number of toy scenes, where --data is empty")
+    crop_min: float = setting(0.9, "smallest area of the random crop, as a share of the picture")
+    cache: bool = setting(False, "hold images and frozen features in memory (small data sets only)")
+    workers: int = setting(4, "processes that decode images, per rank")
+    # the frozen parts
+    clip: str = setting(
+        "ViT-L-14-quickgelu:openai", "CLIP: NAME:TAG of open_clip, FILE.safetensors or FOLDER"
+    )
+    vae: str = setting("", "VAE weights, FLUX.1's ae.safetensors for the full size")
+    posterior: bool = setting(
+        True, "sample the VAE posterior (official code); --no-posterior takes its mean"
+    )
+    vae_fp32: bool = setting(True, "run the VAE in float32 even under bf16")
+    # condition (Key Point #1)
+    local_ratio: float = setting(
+        0.0, "percent of patch tokens beside [CLS] in the condition (Fig. 5)"
+    )
+    # denoiser (Key Point #2.3; Tab. 5)
+    blocks: int = setting(2, "m: m MM-DiT and 2m Single-DiT blocks (Tab. 5)")
+    width: int = setting(3072, "width D of the denoiser")
+    heads: int = setting(24, "attention heads")
+    rope_axes: str = setting(
+        "16,56,56", "RoPE widths of (unused, row, column); their sum is D / heads"
+    )
+    vector_dim: int = setting(768, "width of the vector condition")
+    context_dim: int = setting(4096, "width of the context condition")
+    guidance: bool = setting(True, "FLUX.1-dev's guidance embedding (a learnt bias here)")
+    initialisation: str = setting(
+        "pytorch", "start of the denoiser's weights", ("pytorch", "adaln-zero")
+    )
+    # timesteps (Key Point #2.2; Tab. 4)
+    time_distribution: str = setting(
+        "logit-normal", "distribution of t", ("logit-normal", "uniform")
+    )
+    time_scale: float = setting(1.0, "scale s of Eq. (6)")
+    # stage 1 and 2 (Key Point #2.1)
+    stage1_steps: int = setting(100_000, "steps of stage 1")
+    stage1_lr: float = setting(1e-4, "learning rate of stage 1")
+    stage2_steps: int = setting(5_000, "steps of stage 2 (Fig. 1 i: 100 to 10 000)")
+    stage2_lr: float = setting(1e-5, "learning rate of stage 2")
+    stage2_trains: str = setting(
+        "only",
+        "'only' the image tower, or 'all': denoiser and projectors too (Fig. S4)",
+        ("only", "all"),
+    )
+    end_to_end: bool = setting(
+        False, "no stage 1: a fresh denoiser and the tower learn together (Fig. 6)"
+    )
+    tuning: str = setting("lora", "how the tower learns (Fig. S2)", ("lora", "direct"))
+    lora_rank: int = setting(16, "LoRA rank r")
+    lora_alpha: float = setting(16.0, "LoRA α; the update is scaled by α / r")
+    lora_dropout: float = setting(0.1, "dropout on the adapters' input")
+    lora_bias: str = setting(
+        "lora_only", "train the biases of adapted layers, or none", ("lora_only", "none")
+    )
+    drift_weight: float = setting(
+        0.0, "λ of the drift term D(v, v0) = 1 − cos in Eq. (5); 0 is the paper"
+    )
+    # optimiser
+    batch: int = setting(256, "global batch, over all ranks and accumulation steps")
+    micro_batch: int = setting(16, "images per rank and forward pass; accumulation follows from it")
+    schedule: str = setting("constant", "learning rate over a stage", ("constant", "cosine"))
+    warmup: int = setting(0, "steps of linear warm-up")
+    weight_decay: float = setting(0.01, "AdamW's weight decay")
+    clip_grad: float = setting(1.0, "largest gradient norm")
+    precision: str = setting(
+        "auto",
+        "autocast; auto: bf16 on GPUs that have it, float32 on the CPU",
+        ("auto", "fp32", "bf16"),
+    )
+    seed: int = setting(0, "seed of everything")
+    # leaving traces
+    log_every: int = setting(50, "steps per line of metrics.jsonl")
+    sample_every: int = setting(5_000, "steps between sample grids")
+    save_every: int = setting(1_000, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints to keep per stage")
+
+
+TOY = {
+    "clip": str(TOY_DIR / "clip.safetensors"),
+    "vae": str(TOY_DIR / "vae.safetensors"),
+    "cache": True,
+    "workers": 0,
+    "blocks": 1,
+    "width": 192,
+    "heads": 6,
+    "rope_axes": "8,12,12",
+    "vector_dim": 64,
+    "context_dim": 64,
+    "guidance": False,
+    "initialisation": "adaln-zero",
+    "crop_min": 1.0,
+    "stage1_steps": 1000,
+    "stage1_lr": 2e-3,
+    "stage2_steps": 300,
+    "stage2_lr": 1e-3,
+    "batch": 128,
+    "micro_batch": 128,
+    "schedule": "cosine",
+    "warmup": 50,
+    "log_every": 20,
+    "sample_every": 500,
+    "save_every": 100,
+}
+PRESETS: dict[str, dict] = {
+    "toy": TOY,
+    "openai-l14-224": {"clip": "ViT-L-14-quickgelu:openai"},
+    "openai-l14-336": {"clip": "ViT-L-14-336-quickgelu:openai"},
+    "metaclip-l14-224": {"clip": "ViT-L-14-quickgelu:metaclip_fullcc"},
+    "metaclip-h14-224": {"clip": "ViT-H-14-quickgelu:metaclip_fullcc"},
+    "siglip-so400m-224": {"clip": "ViT-SO400M-14-SigLIP:webli"},
+    "siglip-so400m-384": {"clip": "ViT-SO400M-14-SigLIP-384:webli"},
+}
+# A resumed run may differ in these. They change no number of it, but for `micro_batch`, which
+# changes the rounding of sums and may have to shrink after running out of memory. What `clip`,
+# `vae` and `data` hold is compared by fingerprint and by count.
+FREE = set(
+    "preset stage name runs stage1_from data clip vae workers micro_batch "
+    "log_every sample_every save_every keep".split()
+)
+
+
+def check(settings: Settings) -> None:
+    """Numbers that would otherwise fail late, or silently do nothing. Raises: ValueError."""
+    for name in (
+        "batch micro_batch stage1_steps stage2_steps log_every sample_every save_every keep "
+        "toy_images blocks lora_rank"
+    ).split():
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} {getattr(settings, name)}: must be at least 1")
+    if settings.end_to_end and settings.stage == "1":
+        raise ValueError("--end_to_end has no stage 1: drop --stage 1")
+
+
+def relevant(settings: Settings, stage: int) -> dict:
+    """The settings that decide the numbers of a stage."""
+    other = "stage2_" if stage == 1 else "stage1_"
+    only_stage2 = ("lora_", "tuning", "drift_weight", "end_to_end") if stage == 1 else ()
+    free = FREE | ({f"stage{stage}_steps"} if settings.schedule == "constant" else set())
+    return {
+        k: v
+        for k, v in asdict(settings).items()
+        if k not in free and not k.startswith((other, *only_stage2))
+    }
+
+
+def run_directory(settings: Settings) -> Path:
+    return Path(settings.runs) / (settings.name or settings.preset)
