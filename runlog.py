@@ -103,14 +103,16 @@ def memory_gb(place: Place) -> float:
 
 def write_config(settings: Settings, place: Place, run: Path) -> None:
     """All settings, versions and the git commit, so that a run can be told from another."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    try:
+        command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+        git = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     about = {
         "settings": asdict(settings),
         "versions": versions,
-        "commit": git.stdout.strip() or None,
+        "commit": git or None,
         "ranks": place.ranks,
         "device": str(place.device),
         "date": time.strftime("%Y-%m-%d"),

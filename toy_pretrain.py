@@ -39,7 +39,7 @@ class Settings:
     clip_batch: int = setting(192, "images per step of CLIP")
     clip_lr: float = setting(1e-3, "peak learning rate of CLIP")
     mention: float = setting(0.7, "probability that a mentionable attribute is mentioned")
-    vae_steps: int = setting(3000, "steps of the VAE")
+    vae_steps: int = setting(2800, "steps of the VAE")
     vae_batch: int = setting(16, "images per step of the VAE")
     vae_lr: float = setting(3e-3, "peak learning rate of the VAE")
     kl_weight: float = setting(1e-4, "weight of the VAE's KL term")
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         save_file({k: v.half().contiguous() for k, v in state.items()}, out / "clip.safetensors")
         (out / "clip.json").write_text(json.dumps(config, indent=1))
         report["clip"] = {
-            "command": f"python toyworld.py pretrain --only clip --seed {s.seed}",
+            "command": command("clip", s),
             **common,
             "steps": s.clip_steps,
             "batch": s.clip_batch,
@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
             metadata={"autoencoder": config_to_text(vae.config)},
         )
         report["vae"] = {
-            "command": f"python toyworld.py pretrain --only vae --seed {s.seed}",
+            "command": command("vae", s),
             **common,
             "steps": s.vae_steps,
             "batch": s.vae_batch,
@@ -232,6 +232,11 @@ def main(arguments: list[str] | None = None) -> None:
         }
     record.write_text(json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))
+
+
+def command(part: str, s: Settings) -> str:
+    threads = f" --threads {s.threads}" if s.threads else ""
+    return f"python toyworld.py pretrain --only {part} --seed {s.seed}{threads}"
 
 
 def measure_clip(folder: Path) -> dict:

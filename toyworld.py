@@ -444,7 +444,7 @@ def main() -> None:
         print(USAGE)
     else:
         raise ValueError(
-            "expected 'pretrain', 'benchmark FOLDER' or 'picture FILE.png'; see python toyworld.py --help"
+            "expected 'pretrain', 'benchmark FOLDER' or 'picture FILE.png'; see --help"
         )
 
 
