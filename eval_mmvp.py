@@ -64,11 +64,14 @@ def read_mmvp(folder: str | Path) -> list[toyworld.Pair]:
         raise FileNotFoundError(
             f"benchmark: {table} is missing; --benchmark wants an MMVP-VLM folder"
         )
+    # The published archive and its mirrors do not agree on the folder's name.
     images = next((folder / n for n in IMAGE_FOLDERS if (folder / n).is_dir()), None)
     if images is None:
         raise FileNotFoundError(
             f"benchmark: {folder} has none of the image folders {', '.join(IMAGE_FOLDERS)}"
         )
+    # Statements hold commas and quotes, so only a CSV parser may touch them; "utf-8-sig" because
+    # some copies went through a spreadsheet and start with a byte order mark.
     rows: dict[int, tuple[str, str]] = {}
     with open(table, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -96,6 +99,7 @@ def read_mmvp(folder: str | Path) -> list[toyworld.Pair]:
             rows[number] = (row["Type"].strip(), row["Statement"].strip())
     if not rows:
         raise ValueError(f"benchmark: {table} has no rows")
+    # An incomplete benchmark would still give a percentage, of something else. Refuse it.
     last = max(rows) + max(rows) % 2
     absent = sorted(set(range(1, last + 1)) - set(rows))
     if absent:
@@ -185,6 +189,8 @@ def open_picture(image) -> Image.Image:
 
 def find_tokenizer(info: ClipInfo):
     """The tokenizer that a text tower was trained with."""
+    # The toy world's tokenizer is recognised by the size of its vocabulary: CLIPs have tens of
+    # thousands of tokens, the toy a few dozen.
     text, toy = info.model_cfg["text_cfg"], toyworld.ToyTokenizer()
     if text.get("vocab_size") == toy.vocab_size:
         return toy
@@ -234,6 +240,8 @@ def toy_retention(judge: Judge, scenes: list) -> dict:
     zero_shot, features = subject_zero_shot(judge, scenes)
     train, test = features[:PROBE_TRAIN].double(), features[PROBE_TRAIN:].double()
     center = train.mean(0)
+    # Ridge regression in closed form: weights = (XᵀX + λI)⁻¹ Xᵀ Y, one column per value of a
+    # pattern.
     train, test = train - center, test - center
     inverse = torch.linalg.inv(
         train.T @ train + 1e-2 * torch.eye(train.shape[1], dtype=torch.float64)
@@ -246,6 +254,7 @@ def toy_retention(judge: Judge, scenes: list) -> dict:
         right = ((test @ weights + target.mean(0)).argmax(1) == labels[PROBE_TRAIN:]).numpy()
         told = toyworld.mentioned_subjects(pattern)
         unmentioned = np.array([scene.subject not in told for scene, _ in scenes[PROBE_TRAIN:]])
+        # Mentioned subjects are easy and would hide what the others gain.
         probe[pattern] = float(right[unmentioned].mean())
     return {"zero_shot": zero_shot, "features": features, "probe": probe}
 

@@ -48,7 +48,10 @@ class Window:
         self.sums = np.array(sums or [0.0] * (2 * T_BINS + 3))
 
     def add(self, result: dict, place: Place) -> None:
-        """Add one micro-batch: per-image losses into their bin of t."""
+        """Add one micro-batch: per-image losses into their bin of t.
+
+        Sums and counts, not means: they can be added over pieces and ranks in any split.
+        """
         bins = (result["t"] * T_BINS).long().clamp(0, T_BINS - 1).cpu()
         per_image = result["per_image"].double().cpu()
         sums = torch.zeros(len(self.sums), dtype=torch.float64)
@@ -62,6 +65,7 @@ class Window:
         self.sums += sums.cpu().numpy()
 
     def line(self, steps: int) -> dict:
+        """Means over the window, which was `steps` steps long. A bin nothing fell into is null."""
         loss, count = self.sums[:T_BINS], self.sums[T_BINS : 2 * T_BINS]
         line = {
             "loss": loss.sum() / count.sum(),
@@ -81,7 +85,7 @@ def draw_samples(model: GenHancer, dataset, path: Path, place: Place) -> None:
         place.device
     )
     model.eval()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # leave the global generator as the loop expects it
         sample_grid(images, *model.reconstruct(images), path)
     model.train()
 
@@ -123,6 +127,8 @@ def write_config(settings: Settings, place: Place, run: Path) -> None:
 def write_enhanced(clip, model: GenHancer, settings: Settings, run: Path) -> None:
     """The result: a folder that `open_clip.create_model_from_pretrained('local-dir:…')` loads."""
     folder = run / "enhanced"
+    # The text tower is copied as it was; the image tower has its adapters folded in, so that the
+    # result has the original keys and shapes and needs none of this project's code.
     rest = {k: v for k, v in clip.state_dict().items() if not k.startswith("visual.")}
     tower = {f"visual.{k}": v for k, v in merged_state_dict(model.visual).items()}
     ckpt.save_tensors({**rest, **tower}, folder / "open_clip_model.safetensors")

@@ -64,8 +64,18 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> tuple[int, int, float]:
     )
 
 
+# ------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------
 def summarise(patterns: list[str], hits: dict[str, np.ndarray]) -> list[dict]:
-    """One row per pattern and one for the average, every model against the first."""
+    """Tab. 1's rows: one per pattern and one for the average, every model against the first.
+
+    With equally many pairs per pattern, as in MMVP-VLM, the average of the patterns is hits /
+    pairs; otherwise the last row weighs pairs, not patterns, equally, so that its interval is a
+    proportion's.
+
+    Args: patterns: one name per pair (K); hits: model name → bool (K,).
+    """
     rows, first = [], next(iter(hits))
     order = [p for p in MMVP_PATTERNS if p in patterns] + sorted(set(patterns) - set(MMVP_PATTERNS))
     for pattern in [*order, "Average"]:
@@ -88,7 +98,8 @@ def summarise(patterns: list[str], hits: dict[str, np.ndarray]) -> list[dict]:
 
 
 def markdown(title: str, rows: list[dict]) -> str:
-    """A table for terminals and README alike."""
+    """A table for terminals and README alike: percent with interval, and for every model but the
+    first its change, the pairs won and lost, and the p of the paired test."""
     names = list(rows[0]["models"])
     head = ["pattern", "n"]
     for i, name in enumerate(names):

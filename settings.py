@@ -13,8 +13,13 @@ from cli import setting
 TOY_DIR = Path(__file__).resolve().parent / "toy"
 
 
+# ------------------------------------------------------------------------------------------------
+# The settings
+# ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Settings:
+    """One run. Grouped by topic; within a topic, what is changed most comes first."""
+
     preset: str = setting("toy", "named set of defaults; flags given by hand win")
     stage: str = setting(
         "both", "which stage to run; 2 starts from stage 1 of the same run", ("1", "2", "both")
@@ -43,7 +48,8 @@ class Settings:
     local_ratio: float = setting(
         0.0, "percent of patch tokens beside [CLS] in the condition (Fig. 5)"
     )
-    # denoiser (Key Point #2.3; Tab. 5)
+    # denoiser (Key Point #2.3; Tab. 5). Width, heads and RoPE axes are FLUX.1's, only depth
+    # differs: so the row "pretrained FLUX" of Tab. 7 is this network at depth 19 + 38.
     blocks: int = setting(2, "m: m MM-DiT and 2m Single-DiT blocks (Tab. 5)")
     width: int = setting(3072, "width D of the denoiser")
     heads: int = setting(24, "attention heads")
@@ -56,12 +62,12 @@ class Settings:
     initialisation: str = setting(
         "pytorch", "start of the denoiser's weights", ("pytorch", "adaln-zero")
     )
-    # timesteps (Key Point #2.2; Tab. 4)
+    # timesteps (Key Point #2.2; Tab. 4): 31.9 with s = 1, 21.5 with uniform, on OpenAI's L/14
     time_distribution: str = setting(
         "logit-normal", "distribution of t", ("logit-normal", "uniform")
     )
     time_scale: float = setting(1.0, "scale s of Eq. (6)")
-    # stage 1 and 2 (Key Point #2.1)
+    # stage 1 and 2 (Key Point #2.1). 100 000 steps of 256 images are 8.5 epochs of CC3M.
     stage1_steps: int = setting(100_000, "steps of stage 1")
     stage1_lr: float = setting(1e-4, "learning rate of stage 1")
     stage2_steps: int = setting(5_000, "steps of stage 2 (Fig. 1 i: 100 to 10 000)")
@@ -84,7 +90,7 @@ class Settings:
     drift_weight: float = setting(
         0.0, "λ of the drift term D(v, v0) = 1 − cos in Eq. (5); 0 is the paper"
     )
-    # optimiser
+    # optimiser (App. B: 8 GPUs × 16 images × 2 accumulation steps = 256)
     batch: int = setting(256, "global batch, over all ranks and accumulation steps")
     micro_batch: int = setting(16, "images per rank and forward pass; accumulation follows from it")
     schedule: str = setting("constant", "learning rate over a stage", ("constant", "cosine"))
@@ -97,7 +103,8 @@ class Settings:
         ("auto", "fp32", "bf16"),
     )
     seed: int = setting(0, "seed of everything")
-    # leaving traces
+    # leaving traces. Which checkpoint counts is decided before the run: the last. Picking the best
+    # of many on the benchmark would report the luck of the draw.
     log_every: int = setting(50, "steps per line of metrics.jsonl")
     sample_every: int = setting(5_000, "steps between sample grids")
     save_every: int = setting(1_000, "steps between checkpoints")

@@ -157,6 +157,9 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
     Returns: uint8 RGB (64, 64, 3).
     """
+    # Nuisance is kept mild on purpose: whatever [CLS] does not say costs reconstruction loss, and
+    # what costs most is what stage 2 learns first. In a scene that is mostly background, that would
+    # be the background.
     size = 2 * IMAGE_SIZE
     sky, ground = rng.uniform(190, 232, (2, 1)) + rng.uniform(
         -12, 12, (2, 3)
@@ -190,7 +193,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     half_w, half_h = half_w * scale, half_h * scale
     color = np.array(COLORS[scene["Color"]]) + rng.uniform(-18, 18, 3)
     center_x = 64 + rng.uniform(-3, 3) + (3 - count) * rng.uniform(-5, 5)
-    for copy in range(count):
+    for copy in range(count):  # the rightmost is drawn last and may overlap its neighbour a little
         x = center_x + 41 * (copy - (count - 1) / 2) * (0.75 + 0.25 * scale) + rng.uniform(-1, 1)
         _draw_subject(pen, scene, x, zone_y + rng.uniform(-2, 2), half_w, half_h, color)
     small = image.reduce(2)  # box filter: exact, and the same in every version of Pillow

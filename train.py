@@ -52,6 +52,7 @@ from toyworld import ToyScenes
 # ------------------------------------------------------------------------------------------------
 def set_up(settings: Settings) -> Place:
     """Device, precision and, under torchrun, the process group (nccl on GPUs, gloo on CPUs)."""
+    # torchrun tells each process who it is through the environment; alone, we are rank 0 of 1.
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = (
@@ -59,6 +60,8 @@ def set_up(settings: Settings) -> Place:
     )
     if cuda:
         torch.cuda.set_device(device)
+        # What autocast leaves in float32 may use TF32: its rounding is far below the noise of a
+        # stochastic gradient.
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
         # With a few dozen tokens the fused CPU kernel costs more than it saves, and PyTorch's
@@ -68,6 +71,8 @@ def set_up(settings: Settings) -> Place:
         torch.backends.mha.set_fastpath_enabled(False)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
+    # bf16 keeps float32's range, so no loss scaling is needed. CPUs without bf16 units emulate it,
+    # a hundred times slower than float32 where we measured: "auto" never picks it there.
     bf16 = settings.precision == "bf16" or (
         settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
     )
@@ -75,7 +80,12 @@ def set_up(settings: Settings) -> Place:
 
 
 def seed_of(*numbers: int) -> int:
-    """A 62-bit seed that mixes all numbers well: near seeds give unrelated streams."""
+    """A 62-bit seed that mixes all numbers well: near seeds give unrelated streams.
+
+    All randomness comes from here. Who draws what: (seed, 1) the denoiser's weights, 2 the toy
+    scenes, 3 LoRA's matrices, 4 LoRA's dropout, 5 the order of images, and (seed, stage, position)
+    the noise and t of one image.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
 
 
@@ -94,6 +104,7 @@ def build_model(settings: Settings, place: Place) -> tuple[torch.nn.Module, GenH
         ) from None
     clip, info = load_clip(settings.clip)
     vae = load_vae(settings.vae)
+    # Whatever loading drew from the global generator, the denoiser starts from this seed.
     torch.manual_seed(seed_of(settings.seed, 1))
     denoiser = FlowDenoiser(
         FlowDenoiserConfig(
@@ -136,6 +147,7 @@ def build_data(settings: Settings, model: GenHancer, place: Place):
         )
     if not settings.cache:
         return dataset
+    # 50 000 toy scenes with their features are about 2 GB: beyond that a cache is a mistake.
     if len(dataset) * model.info.image_size**2 > 50_000 * 64**2:
         raise ValueError(
             f"--cache would hold {len(dataset)} images of {model.info.image_size} px: use "
@@ -187,9 +199,13 @@ def trained(model: GenHancer) -> dict[str, torch.Tensor]:
 def run_stage(
     stage: int, model: GenHancer, dataset, settings: Settings, place: Place, run: Path
 ) -> None:
-    """Train one stage to its last step, from its newest checkpoint if there is one."""
+    """Train one stage to its last step, from its newest checkpoint if there is one.
+
+    The two stages share every line of the loop; they differ in who requires a gradient.
+    """
     steps, folder = (settings.stage1_steps, settings.stage2_steps)[stage - 1], run / f"stage{stage}"
     torch.manual_seed(seed_of(settings.seed, 3, stage))  # LoRA's A matrices, alike on every rank
+    # A checkpoint holds only what trains. These hashes say what it was trained against.
     frozen = {"clip": ckpt.fingerprint(model.visual), "vae": ckpt.fingerprint(model.vae)}
     if stage == 1:
         model.start_stage1()
@@ -207,6 +223,7 @@ def run_stage(
         )
     model.train()
     groups = parameter_groups(model, settings, stage)
+    # App. B: AdamW. The betas, eps and weight decay are the official code's.
     optimizer = torch.optim.AdamW(
         groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay
     )
@@ -238,6 +255,8 @@ def run_stage(
             f"{steps * settings.batch:,} images to see"
         )
 
+    # DDP averages gradients over ranks while backward runs. Frozen parts have none to average, and
+    # buffers never change, so neither is sent.
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if place.ranks > 1 else model
     micro = min(settings.micro_batch, settings.batch // place.ranks) or 1
     sampler = MicroBatches(
@@ -264,6 +283,8 @@ def run_stage(
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, group["peak"], step, steps)
+        # The drift needs a second look through the original tower, so it is measured on logged
+        # steps only (always, if it is part of the loss).
         logging = (step + 1) % settings.log_every == 0 or step + 1 == steps
         total, names = 0.0, []
         for piece in range(sampler.accumulation):
@@ -281,6 +302,7 @@ def run_stage(
             draws = model.draw(generators).to(place.device)
             # Noise and t belong to the image (`Draws`); what is left to chance is LoRA's dropout.
             torch.manual_seed(seed_of(settings.seed, 4, stage, step, piece, place.rank))
+            # Gradients are exchanged once a step, on its last piece; until then they only add up.
             last = piece == sampler.accumulation - 1
             quiet = wrapped.no_sync() if place.ranks > 1 and not last else contextlib.nullcontext()
             with quiet:
@@ -295,6 +317,8 @@ def run_stage(
                 if file not in unread:
                     unread.add(file)
                     tqdm.write(f"unreadable, replaced by the next: {file}")
+        # After the exchange all ranks hold the same gradient, hence the same norm and the same
+        # verdict below: either all go on or all stop.
         norm = torch.nn.utils.clip_grad_norm_(
             [p for g in groups for p in g["params"]], settings.clip_grad
         )
@@ -339,6 +363,8 @@ def run_stage(
             draw_samples(
                 model, dataset, run / "samples" / f"stage{stage}_step{done:06d}.png", place
             )
+        # The metrics line is written before the checkpoint: a kill between the two leaves a line
+        # too many, which the next start removes (`trim_metrics`), never one too few.
         if done % settings.save_every == 0 or done == steps:
             if place.chief:
                 ckpt.save_checkpoint(
@@ -362,6 +388,8 @@ def load_stage1(model: GenHancer, frozen: dict, run: Path) -> None:
             f"stage 2 needs stage 1, and {run / 'stage1'} holds no checkpoint: run --stage 1 "
             "first, or name a run that has one with --stage1_from"
         )
+    # The tower that stage 1 looked through must be the very one that stage 2 adapts: same shape,
+    # same weights. A denoiser that learnt to read other features would teach nonsense.
     state = ckpt.read_state(found[-1])
     for what, mine in (("architecture", model.architecture()), ("frozen", frozen)):
         if difference := ckpt.first_difference(state[what], mine):
@@ -385,6 +413,8 @@ def main(settings: Settings) -> None:
         if place.chief:
             write_config(settings, place, run)
         dataset = build_data(settings, model, place)
+        # Alg. 1: stage 1, then stage 2. A finished stage is recognised by its checkpoint and
+        # skipped.
         if settings.stage in ("1", "both") and not settings.end_to_end and not settings.stage1_from:
             run_stage(1, model, dataset, settings, place, run)
         if settings.stage in ("2", "both"):
