@@ -18,6 +18,7 @@ shows subject zero-shot accuracy and a linear probe in the same breath.
 Letters: K pairs, d width of the joint space.
 """
 
+import argparse
 import csv
 import json
 import time
@@ -300,9 +301,10 @@ def newest_enhanced(runs: Path) -> Path:
 
 
 def short_name(model: str) -> str:
-    """What the table calls a model: runs/demo/enhanced → demo/enhanced, toy/clip.safetensors →
-    clip."""
+    """What the table calls a model: runs/demo/enhanced → demo/enhanced, the toy CLIP → original."""
     path = Path(model)
+    if path.resolve() == toyworld.TOY_DIR / "clip.safetensors":
+        return "original"
     if path.is_dir():
         return "/".join(path.resolve().parts[-2:])
     return path.stem if path.suffix == ".safetensors" else model
@@ -348,7 +350,7 @@ def main() -> None:
         description=summary,
         epilog=example,
         allow_abbrev=False,
-        formatter_class=__import__("argparse").RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--benchmark", default="toy", metavar="DIR", help="'toy', or an MMVP-VLM folder"
@@ -358,8 +360,7 @@ def main() -> None:
         action="append",
         metavar="MODEL",
         help="open_clip NAME:TAG, FILE.safetensors or an enhanced FOLDER; repeat to compare with "
-        "the "
-        "first (default: the toy CLIP and the newest enhanced model)",
+        "the first (default: the toy CLIP and the newest enhanced model)",
     )
     parser.add_argument(
         "--runs",
