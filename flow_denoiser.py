@@ -389,6 +389,8 @@ class FlowDenoiser(nn.Module):
     def __init__(self, config: FlowDenoiserConfig = FlowDenoiserConfig()):
         super().__init__()
         c = self.config = config
+        if len(c.axes) != 3 or any(a % 2 or a < 0 for a in c.axes):
+            raise ValueError(f"denoiser: RoPE axes {c.axes} must be three even numbers")
         if c.width != c.heads * sum(c.axes):
             raise ValueError(
                 f"denoiser: width {c.width} must be heads {c.heads} × sum of RoPE axes "

@@ -116,6 +116,8 @@ class GenHancer(nn.Module):
                 f"image size {info.image_size} is no multiple of {2 * vae.config.downsampling}, "
                 "the side of a denoiser token in pixels"
             )
+        # A wrong distribution is refused now, not at the first step.
+        sample_timesteps(1, time_distribution, time_scale, torch.Generator())
         self.info, self.local_ratio, self.drift_weight = info, local_ratio, drift_weight
         self.time_distribution, self.time_scale = time_distribution, time_scale
         self.sample_posterior, self.vae_fp32 = sample_posterior, vae_fp32

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -235,7 +236,7 @@ def run_stage(
         "frozen": frozen,
         "settings": {**relevant(settings, stage), "images": len(dataset)},
     }
-    start, window = 0, Window()
+    start, window, bad = 0, Window(), set()
     if found := ckpt.checkpoints_in(folder):
         state = ckpt.read_state(found[-1])
         for what in ("architecture", "frozen", "settings"):
@@ -246,7 +247,7 @@ def run_stage(
                 )
         ckpt.put(model, ckpt.read_trained(found[-1]), set(trained(model)), str(found[-1]))
         optimizer.load_state_dict(ckpt.read_optimizer(found[-1]))
-        start, window = state["step"], Window(state["window"])
+        start, window, bad = state["step"], Window(state["window"]), set(state["unreadable"])
     if place.chief:
         trim_metrics(run / "metrics.jsonl", stage, start)
         count = sum(p.numel() for g in groups for p in g["params"])
@@ -269,115 +270,140 @@ def run_stage(
         start,
     )
     stream = batches(dataset, sampler, settings.workers)
-    bar = tqdm(
+    clock, seen = time.time(), 0
+
+    # -- the loop --------------------------------------------------------------------------------
+    with tqdm(
         total=steps,
         initial=start,
         desc=f"stage {stage}",
         unit="step",
         disable=not place.chief,
         dynamic_ncols=True,
-    )
-    clock, seen, bad, unread = time.time(), 0, 0, set()
-
-    # -- the loop --------------------------------------------------------------------------------
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, group["peak"], step, steps)
-        # The drift needs a second look through the original tower, so it is measured on logged
-        # steps only (always, if it is part of the loss).
-        logging = (step + 1) % settings.log_every == 0 or step + 1 == steps
-        total, names = 0.0, []
-        for piece in range(sampler.accumulation):
-            batch = next(stream)
-            images = batch["image"].to(place.device, non_blocking=True)
-            known = {
-                k.removeprefix("frozen/"): v.to(place.device, non_blocking=True)
-                for k, v in batch.items()
-                if k.startswith("frozen/")
-            }
-            generators = [
-                torch.Generator().manual_seed(seed_of(settings.seed, stage, p))
-                for p in batch["position"]
-            ]
-            draws = model.draw(generators).to(place.device)
-            # Noise and t belong to the image (`Draws`); what is left to chance is LoRA's dropout.
-            torch.manual_seed(seed_of(settings.seed, 4, stage, step, piece, place.rank))
-            # Gradients are exchanged once a step, on its last piece; until then they only add up.
-            last = piece == sampler.accumulation - 1
-            quiet = wrapped.no_sync() if place.ranks > 1 and not last else contextlib.nullcontext()
-            with quiet:
-                with torch.autocast(place.device.type, torch.bfloat16, enabled=place.autocast):
-                    result = wrapped(images, draws, known or None, logging)
-                (result["loss"] / sampler.accumulation).backward()
-            window.add(result, place)
-            total += float(result["loss"].detach()) / sampler.accumulation
-            names += batch["name"]
-            for file in {f for files in batch["unreadable"] for f in files}:
-                bad += 1
-                if file not in unread:
-                    unread.add(file)
-                    tqdm.write(f"unreadable, replaced by the next: {file}")
-        # After the exchange all ranks hold the same gradient, hence the same norm and the same
-        # verdict below: either all go on or all stop.
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for g in groups for p in g["params"]], settings.clip_grad
-        )
-        if not (math.isfinite(total) and math.isfinite(float(norm))):
-            last_good = ckpt.checkpoints_in(folder)
-            raise ValueError(
-                f"stage {stage}, step {step}: loss {total} and gradient norm {float(norm)} are "
-                f"not finite; images: {', '.join(names[:8])}…; last good checkpoint: "
-                f"{last_good[-1] if last_good else 'none'}; try a lower learning rate"
+    ) as bar:
+        for step in range(start, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, group["peak"], step, steps)
+            # The drift needs a second look through the original tower, so it is measured on logged
+            # steps only (always, if it is part of the loss).
+            done = step + 1
+            logging = done % settings.log_every == 0 or done == steps
+            total, names, unreadable = add_gradients(
+                wrapped,
+                model,
+                stream,
+                sampler.accumulation,
+                settings,
+                place,
+                stage,
+                step,
+                logging,
+                window,
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        window.sums[-1] += float(norm)
-        seen += settings.batch
-        if bad > max(20, 0.05 * seen / place.ranks):
-            raise ValueError(
-                f"{bad} of {seen // place.ranks} images could not be read: more than 5 %, the "
-                "data is not sound"
-            )
-
-        # -- traces ------------------------------------------------------------------------------
-        done = step + 1
-        speed = seen / (time.time() - clock)
-        bar.set_postfix(loss=f"{total:.4f}", images_per_s=f"{speed:.0f}", refresh=False)
-        bar.update()
-        if logging:
-            line = {
-                "stage": stage,
-                "step": done,
-                "images": done * settings.batch,
-                **window.line((done - 1) % settings.log_every + 1),
-                "lr": optimizer.param_groups[0]["lr"],
-                "images_per_s": round(speed, 1),
-                "memory_gb": round(memory_gb(place), 2),
-                "unreadable": bad,
-            }
-            window = Window()
-            if place.chief:
-                with open(run / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-        if place.chief and (done % settings.sample_every == 0 or done == steps):
-            draw_samples(
-                model, dataset, run / "samples" / f"stage{stage}_step{done:06d}.png", place
-            )
-        # The metrics line is written before the checkpoint: a kill between the two leaves a line
-        # too many, which the next start removes (`trim_metrics`), never one too few.
-        if done % settings.save_every == 0 or done == steps:
-            if place.chief:
-                ckpt.save_checkpoint(
-                    folder,
-                    done,
-                    trained(model),
-                    optimizer.state_dict(),
-                    {**about, "images": done * settings.batch, "window": window.sums.tolist()},
-                    settings.keep,
+            # After the exchange all ranks hold the same gradient, hence the same norm and the same
+            # verdict below: either all go on or all stop.
+            norm = float(
+                torch.nn.utils.clip_grad_norm_(
+                    [p for g in groups for p in g["params"]], settings.clip_grad
                 )
-            if place.ranks > 1:
-                dist.barrier()
-    bar.close()
+            )
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                last_good = ckpt.checkpoints_in(folder)
+                raise ValueError(
+                    f"stage {stage}, step {step}: loss {total} and gradient norm {norm} are not "
+                    f"finite; images: {', '.join(names[:8])}…; last good checkpoint: "
+                    f"{last_good[-1] if last_good else 'none'}; try a lower learning rate"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            window.sums[-1] += norm
+            seen += settings.batch
+            for file in unreadable - bad:
+                bar.write(f"unreadable, replaced by the next: {file}")
+            bad |= unreadable
+            if len(bad) > max(1, 0.05 * len(dataset)):
+                raise ValueError(
+                    f"{len(bad)} of {len(dataset)} images cannot be read, more than 5 %: the data "
+                    f"is not sound; one of them is {min(bad)}"
+                )
+
+            # -- traces --------------------------------------------------------------------------
+            speed = seen / (time.time() - clock)
+            bar.set_postfix(loss=f"{total:.4f}", images_per_s=f"{speed:.0f}", refresh=False)
+            bar.update()
+            if logging:
+                line = {
+                    "stage": stage,
+                    "step": done,
+                    "images": done * settings.batch,
+                    **window.line((done - 1) % settings.log_every + 1),
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "images_per_s": round(speed, 1),
+                    "memory_gb": round(memory_gb(place), 2),
+                    "unreadable": len(bad),
+                }
+                window = Window()
+                if place.chief:
+                    with open(run / "metrics.jsonl", "a") as file:
+                        file.write(json.dumps(line) + "\n")
+            if place.chief and (done % settings.sample_every == 0 or done == steps):
+                picture = run / "samples" / f"stage{stage}_step{done:06d}.png"
+                draw_samples(model, dataset, picture, place)
+            # The metrics line is written before the checkpoint: a kill between the two leaves a
+            # line too many, which the next start removes (`trim_metrics`), never one too few.
+            if done % settings.save_every == 0 or done == steps:
+                if place.chief:
+                    traces = {"window": window.sums.tolist(), "unreadable": sorted(bad)}
+                    state = optimizer.state_dict()
+                    ckpt.save_checkpoint(
+                        folder, done, trained(model), state, {**about, **traces}, settings.keep
+                    )
+                if place.ranks > 1:
+                    dist.barrier()
+
+
+def add_gradients(
+    wrapped: torch.nn.Module,
+    model: GenHancer,
+    stream: Iterator[dict],
+    accumulation: int,
+    settings: Settings,
+    place: Place,
+    stage: int,
+    step: int,
+    logging: bool,
+    window: Window,
+) -> tuple[float, list[str], set[str]]:
+    """One global batch, forward and backward, in `accumulation` pieces.
+
+    Args: wrapped: the model, under DDP where there are several ranks; model: the same without.
+    Returns: mean loss of this rank's share, names of its images, and the files it could not read.
+    """
+    total, names, unreadable = 0.0, [], set()
+    for piece in range(accumulation):
+        batch = next(stream)
+        images = batch["image"].to(place.device, non_blocking=True)
+        known = {
+            k.removeprefix("frozen/"): v.to(place.device, non_blocking=True)
+            for k, v in batch.items()
+            if k.startswith("frozen/")
+        }
+        # Noise and t belong to the image (`Draws`); what is left to chance is LoRA's dropout.
+        seeds = [seed_of(settings.seed, stage, position) for position in batch["position"]]
+        draws = model.draw([torch.Generator().manual_seed(s) for s in seeds]).to(place.device)
+        torch.manual_seed(seed_of(settings.seed, 4, stage, step, piece, place.rank))
+        # Gradients are exchanged once a step, on its last piece; until then they only add up.
+        last = piece == accumulation - 1
+        quiet = wrapped.no_sync() if place.ranks > 1 and not last else contextlib.nullcontext()
+        with quiet:
+            with torch.autocast(place.device.type, torch.bfloat16, enabled=place.autocast):
+                result = wrapped(images, draws, known or None, logging)
+            (result["loss"] / accumulation).backward()
+        window.add(result, place)
+        total += float(result["loss"].detach()) / accumulation
+        names += batch["name"]
+        unreadable |= {file for files in batch["unreadable"] for file in files}
+    return total, names, unreadable
 
 
 def load_stage1(model: GenHancer, frozen: dict, run: Path) -> None:

@@ -267,7 +267,13 @@ def test_adaln_zero_starts_at_zero_and_default_does_not(tiny_denoiser):
 
 
 @pytest.mark.parametrize(
-    "change, message", [({"heads": 3}, "width"), ({"initialisation": "ones"}, "initialisation")]
+    "change, message",
+    [
+        ({"heads": 3}, "width"),
+        ({"axes": (8, 8)}, "three even"),
+        ({"axes": (5, 5, 6)}, "three even"),
+        ({"initialisation": "ones"}, "initialisation"),
+    ],
 )
 def test_bad_configuration(change, message):
     with pytest.raises(ValueError, match=message):

@@ -310,7 +310,7 @@ WRONG = {
     "missing CLIP": (["--clip", "gone.safetensors"], "is missing"),
     "missing VAE": (["--vae", "gone.safetensors"], "no file gone.safetensors"),
     "CLIP given as VAE": (["--vae", str(toyworld.TOY_DIR / "clip.safetensors")], "first mismatch"),
-    "bad RoPE": (["--rope_axes", "8,8"], "RoPE axes"),
+    "bad RoPE": (["--rope_axes", "8,8"], "three even numbers"),
     "words for RoPE": (["--rope_axes", "a,b,c"], "expected three numbers"),
     "bad ratio": (["--local_ratio", "200"], "percentage"),
     "bad scale": (["--time_scale", "0"], "must be positive"),
