@@ -161,10 +161,8 @@ def rope_angles(positions: Tensor, axes: tuple[int, ...], theta: float) -> Tenso
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn neighbouring pairs of features by their angle. x (B, A, N, E), cos/sin (N, E/2)."""
     even, odd = x[..., 0::2], x[..., 1::2]  # (B, A, N, E/2)
-    turned = torch.stack(
-        [cos * even - sin * odd, sin * even + cos * odd], dim=-1
-    )  # (B, A, N, E/2, 2)
-    return turned.flatten(-2).to(x.dtype)  # (B, A, N, E)
+    turned = cos * even - sin * odd, sin * even + cos * odd  # two of (B, A, N, E/2)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)  # (B, A, N, E)
 
 
 class EmbeddingMLP(nn.Module):

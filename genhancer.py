@@ -204,13 +204,9 @@ class GenHancer(nn.Module):
         def stack(make):
             return torch.stack([make(g) for g in generators])
 
+        how = self.time_distribution, self.time_scale
         return Draws(
-            t=torch.cat(
-                [
-                    sample_timesteps(1, self.time_distribution, self.time_scale, g)
-                    for g in generators
-                ]
-            ),
+            t=torch.cat([sample_timesteps(1, *how, g) for g in generators]),
             noise=stack(lambda g: torch.randn(self.latent_shape, generator=g)),
             posterior=stack(lambda g: torch.randn(self.latent_shape, generator=g)),
             local_order=stack(lambda g: torch.randperm(self.patch_tokens, generator=g))
@@ -251,8 +247,7 @@ class GenHancer(nn.Module):
 
         Args: images (B, 3, H, W) in [0, 1]; local_order (B, P), needed with local tokens;
             features (B, d): use these instead of running a frozen tower again.
-        Returns: context (B, T, context_dim), vector (B, vector_dim), the global token itself (B,
-        d).
+        Returns: context (B, T, context_dim), vector (B, vector_dim), the global token (B, d).
         """
         patches = None
         if features is None:
@@ -263,9 +258,8 @@ class GenHancer(nn.Module):
         if self.local_ratio > 0:  # Key Point #1: [CLS] + n % [LOCAL]
             keep = round(self.local_ratio / 100 * self.patch_tokens)
             chosen = local_order[:, :keep, None].expand(-1, -1, patches.shape[-1])  # (B, keep, p)
-            context = torch.cat(
-                [context, self.project_local(patches.gather(1, chosen))], dim=1
-            )  # (B, 1+keep, ·)
+            projected = self.project_local(patches.gather(1, chosen))  # (B, keep, context_dim)
+            context = torch.cat([context, projected], dim=1)  # (B, 1+keep, context_dim)
         return context, self.project_vector(features), features
 
     def forward(
@@ -281,8 +275,7 @@ class GenHancer(nn.Module):
             images: (B, 3, H, W) in [0, 1].
             draws: the batch's randomness; drawn from PyTorch's global generator if None.
             frozen: what `frozen(images)` returned earlier, to save computing it again.
-            measure_drift: report 1 − cos to the original features even where λ = 0 does not need
-            it.
+            measure_drift: report 1 − cos to the original features also where λ is 0.
         Returns: "loss" (scalar, to minimise), "per_image" reconstruction losses (B,), "t" (B,), and
             "drift" (B,) where measured.
         """
@@ -297,15 +290,14 @@ class GenHancer(nn.Module):
             noise = draws.posterior if self.sample_posterior else None
             latents = self.vae.latents(mean, log_variance, noise)  # (B, C, h, w)
 
+        # A frozen tower's features may be reused; with local tokens it must run for its patches.
         reuse = frozen["original"] if frozen and not tower_learns and not self.local_ratio else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
-            if reuse is None and not tower_learns and not self.local_ratio:
-                reuse = encode_visual(self.visual, self.normalise(images))[0]
         context, vector, features = self.condition(images, draws.local_order, reuse)
 
-        per_image = flow_matching_loss(
-            lambda x, t: self.denoiser(x, t, context, vector), latents, draws.noise, draws.t
-        )  # Eq. (3)
+        def velocity_of(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.denoiser(x_t, t, context, vector)
+
+        per_image = flow_matching_loss(velocity_of, latents, draws.noise, draws.t)  # Eq. (3)
         result = {"loss": per_image.mean(), "per_image": per_image.detach(), "t": draws.t}
         if self.original is not None and (self.drift_weight or measure_drift):
             if frozen:
@@ -313,9 +305,8 @@ class GenHancer(nn.Module):
             else:
                 with torch.no_grad():
                     before = encode_visual(self.original, self.normalise(images))[0]
-            drift = 1 - F.cosine_similarity(
-                features.float(), before.float(), dim=-1
-            )  # D(v_θ, v_θ0), (B,)
+            # D(v_θ, v_θ0) of Eq. (5), (B,): CLIP compares by angle, so its drift is an angle's.
+            drift = 1 - F.cosine_similarity(features.float(), before.float(), dim=-1)
             result["drift"] = drift.detach()
             if self.drift_weight:
                 result["loss"] = result["loss"] + self.drift_weight * drift.mean()  # Eq. (5)

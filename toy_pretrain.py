@@ -175,9 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if s.threads:
         torch.set_num_threads(s.threads)
-    torch.backends.cuda.enable_flash_sdp(
-        False
-    )  # slower than plain matrices for short CPU sequences
+    # The fused kernel is slower than plain matrices for short sequences on a CPU.
+    torch.backends.cuda.enable_flash_sdp(False)
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     record = out / "PRETRAINING.json"
@@ -185,9 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
     world = toy.ToyScenes(s.scenes, seed=1234 + s.seed)
     drawn = [world.scene(i) for i in trange(s.scenes, desc="scenes")]
     scenes = [scene for scene, _ in drawn]
-    pixels = (
-        torch.from_numpy(np.stack([p for _, p in drawn])).permute(0, 3, 1, 2).contiguous()
-    )  # uint8
+    stacked = torch.from_numpy(np.stack([p for _, p in drawn]))  # uint8 (scenes, 64, 64, 3)
+    pixels = stacked.permute(0, 3, 1, 2).contiguous()  # uint8 (scenes, 3, 64, 64)
     common = {
         "seed": s.seed,
         "scenes": s.scenes,

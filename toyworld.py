@@ -15,9 +15,9 @@ loss push the encoder to use that same direction on the unmentioned ones, and th
 understands it. If the benchmark moves on unmentioned subjects, that is the paper's claim at work.
 
 What is in this file, in reading order: the attributes and who mentions them, the drawing, the
-captions and their word-level tokenizer, the endless data set, the pair benchmark (also written to
-disk in MMVP-VLM's own format), and a loader for the shipped weights. ``python toyworld.py
-pretrain`` makes those weights again from nothing (``toy_pretrain.py``).
+captions and their word-level tokenizer, the endless data set, and the pair benchmark (also written
+to disk in MMVP-VLM's own format). ``python toyworld.py pretrain`` makes the shipped weights again
+from nothing (``toy_pretrain.py``).
 
 Letters: B batch, S subjects, L caption length in tokens. Images are float RGB in [0, 1].
 """
@@ -32,9 +32,7 @@ import torch
 from PIL import Image, ImageDraw
 
 TOY_DIR = Path(__file__).resolve().parent / "toy"
-IMAGE_SIZE = (
-    64  # pixels; scenes are drawn at twice this and box-filtered, which is our antialiasing
-)
+IMAGE_SIZE = 64  # pixels; scenes are drawn at twice this and box-filtered: our antialiasing
 
 # ------------------------------------------------------------------------------------------------
 # The nine attributes. Names are MMVP-VLM's nine visual patterns, in the paper's Tab. 1 order; the
@@ -161,9 +159,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     # what costs most is what stage 2 learns first. In a scene that is mostly background, that would
     # be the background.
     size = 2 * IMAGE_SIZE
-    sky, ground = rng.uniform(190, 232, (2, 1)) + rng.uniform(
-        -12, 12, (2, 3)
-    )  # pale, faintly tinted
+    pale, tint = rng.uniform(190, 232, (2, 1)), rng.uniform(-12, 12, (2, 3))
+    sky, ground = pale + tint
     ramp = np.linspace(0, 1, size)[:, None, None]
     canvas = np.broadcast_to(sky * (1 - ramp) + ground * ramp, (size, size, 3)).astype(np.uint8)
     image = Image.fromarray(canvas)
