@@ -93,7 +93,6 @@ def test_every_python_command_knows_its_flags(command):
 
 
 def test_flags_named_anywhere_exist():
-    from cli import parse_settings  # noqa: F401
     from settings import Settings
 
     fields = set(Settings.__dataclass_fields__)
@@ -115,8 +114,22 @@ def test_flags_named_anywhere_exist():
             "help",
         }
     )
-    for flag in re.findall(r"--([a-z0-9_-]+)", README):
+    for flag in re.findall(r"(?<![-|])--([a-z][a-z0-9_-]*)", README):
         assert flag in known, f"README names --{flag}"
+
+
+def test_settings_table_names_the_presets_own_numbers():
+    from settings import PRESETS, Settings
+
+    rows = {row[0]: row[1:] for row in table("Settings")}
+    full, toy = Settings(), Settings(**PRESETS["toy"])
+    plain = [cell.replace(" ", "").replace("\u202f", "") for cell in rows["steps"]]
+    expected = [full.stage1_steps, full.stage2_steps, toy.stage1_steps, toy.stage2_steps]
+    assert [int(cell) for cell in plain] == expected
+    rates = [float(cell.split(",")[0]) for cell in rows["learning rate"]]
+    assert rates == [full.stage1_lr, full.stage2_lr, toy.stage1_lr, toy.stage2_lr]
+    assert [int(c) for c in rows["global batch"]] == [full.batch, full.batch, toy.batch, toy.batch]
+    assert float(rows["λ of the drift term"][3]) == toy.drift_weight and full.drift_weight == 0
 
 
 def test_links_and_pictures_exist():
