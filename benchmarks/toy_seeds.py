@@ -2,9 +2,9 @@
 statistics.
 
     python benchmarks/toy_seeds.py                                   seeds 1 to 5 of the toy preset
-    python benchmarks/toy_seeds.py --name end_to_end --seeds 1 --flags "--end_to_end"
+    python benchmarks/toy_seeds.py --name end_to_end --seeds 1 --flags="--end_to_end"
     python benchmarks/toy_seeds.py --name lambda0 --seeds 2 \\
-        --flags "--drift_weight 0 --stage1_from runs/toy_seeds-seed{seed}"
+        --flags="--drift_weight 0 --stage1_from runs/toy_seeds-seed{seed}"
 
 Trains with train.py's own command line (so what is measured is what a user gets), scores every seed
 on the same pairs (toy benchmark 0), and writes benchmarks/NAME.json and NAME.md. Runs that exist
@@ -149,7 +149,7 @@ def main() -> None:
     original = ev.Judge("original", *load_clip(str(toyworld.TOY_DIR / "clip.safetensors")), device)
     enhanced = [ev.Judge(run.name, *load_clip(str(run / "enhanced")), device) for run in runs]
     command = f"python benchmarks/toy_seeds.py --name {args.name} --seeds {args.seeds}"
-    command += f' --flags "{args.flags}"' if args.flags else ""
+    command += f' --flags="{args.flags}"' if args.flags else ""
     result = {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
