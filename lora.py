@@ -131,9 +131,8 @@ class LoRALinear(LoRAWrapper):
         y = self.base(x)
         if self.merged:
             return y
-        return y + torch.cat(
-            [adapter(x) for adapter in self.adapters.values()], dim=-1
-        )  # (…, d_out)
+        parts = [adapter(x) for adapter in self.adapters.values()]
+        return y + torch.cat(parts, dim=-1)  # (…, d_out)
 
 
 class LoRAAttention(LoRAWrapper):
@@ -181,12 +180,10 @@ class LoRAAttention(LoRAWrapper):
                 "LoRA: attention weights, padding masks and is_causal are not supported here"
             )
         base, on = self.base, not self.merged
-        if (
-            query is key and key is value
-        ):  # self-attention: one packed product, bit-equal to PyTorch's own
-            q, k, v = F.linear(query, base.in_proj_weight, base.in_proj_bias).chunk(
-                3, dim=-1
-            )  # (B, L, D) each
+        if query is key and key is value:
+            # Self-attention: one packed product, bit-equal to PyTorch's own.
+            packed = F.linear(query, base.in_proj_weight, base.in_proj_bias)  # (B, L, 3·D)
+            q, k, v = packed.chunk(3, dim=-1)  # (B, L, D) each
         else:
             biases = base.in_proj_bias.chunk(3) if base.in_proj_bias is not None else (None,) * 3
             inputs = (query, key, value)
@@ -246,10 +243,10 @@ def inject_lora(
     Pass an *image* tower (`clip.visual`): the text tower must stay what it was.
 
     Args:
-        bias: "lora_only" also trains the biases of wrapped layers (the official setting), "none"
-        not. skip: modules whose dotted name contains this keep their plain layers. SigLIP's
-            attention pool is left out: the published 8.70 M parameters are those of the blocks
-            alone.
+        bias: "lora_only" also trains the biases of wrapped layers (the official setting),
+            "none" does not.
+        skip: modules whose dotted name contains this keep their plain layers. SigLIP's attention
+            pool is left out: the published 8.70 M parameters are those of the blocks alone.
     Returns: names of the wrapped layers.
     Raises: ValueError for a bad rank, bias policy, a tower already adapted, or nothing to adapt.
     """

@@ -18,7 +18,7 @@ TOY_DIR = Path(__file__).resolve().parent / "toy"
 # ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Settings:
-    """One run. Grouped by topic; within a topic, what is changed most comes first."""
+    """One run, grouped by topic."""
 
     preset: str = setting("toy", "named set of defaults; flags given by hand win")
     stage: str = setting(

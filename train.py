@@ -213,7 +213,8 @@ def run_stage(
     else:
         if not settings.end_to_end:
             load_stage1(model, frozen, Path(settings.stage1_from or run))
-        frozen["start"] = ckpt.fingerprint(model.denoiser) + ckpt.fingerprint(model.project_vector)
+        for part in ("denoiser", "project_vector", "project_context"):  # what stage 1 handed over
+            frozen[part] = ckpt.fingerprint(getattr(model, part))
         model.start_stage2(
             "all" if settings.end_to_end else settings.stage2_trains,
             settings.tuning,
@@ -284,9 +285,9 @@ def run_stage(
         for step in range(start, steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, group["peak"], step, steps)
+            done = step + 1
             # The drift needs a second look through the original tower, so it is measured on logged
             # steps only (always, if it is part of the loss).
-            done = step + 1
             logging = done % settings.log_every == 0 or done == steps
             total, names, unreadable = add_gradients(
                 wrapped,
