@@ -1,28 +1,34 @@
 """The frozen tokenizers: where the denoiser's targets come from.
 
 GenHancer never reconstructs pixels. The continuous denoiser works on the latents of a pretrained
-VAE (Sec. 3, Sec. 4.4; Alg. 1, line 3: ``x̃_1 = v_ae(x)``), which throws away what is cheap to paint
-and expensive to predict. The VAE is not trained here, only read: this file is its architecture
-under the *published* module names, so that FLUX.1's ``ae.safetensors`` (244 tensors, 83.8 M
-parameters) loads with nothing missing and nothing left over.
+VAE (Alg. 1, line 3: ``x̃_1 = v_ae(x)``), the discrete one on the codebook indices of a pretrained
+VQ-GAN (Alg. 2, line 3: ``x̃, s = vq-gan(x)``). Either throws away what is cheap to paint and
+expensive to predict. Nothing is trained here: this file is two architectures under their
+*published* module names, so that FLUX.1's ``ae.safetensors`` (244 tensors, 83.8 M parameters) and
+taming-transformers' f16 VQ-GANs load with nothing missing and nothing left over.
 
-The encoder and decoder are the convolutional family of the LDM / VQ-GAN line of work: residual
-blocks, a halving of the resolution between levels, one attention in the middle. The options that
-differ inside the family (latent channels, one or two encoder outputs per channel, attention at some
-levels) are arguments.
+Both share one convolutional encoder and decoder, the family of the LDM / VQ-GAN line of work:
+residual blocks, a halving of the resolution between levels, one attention in the middle. Where the
+members differ (latent channels, one or two outputs per channel, attention at some levels), an
+argument says so.
 
     encoder:  conv_in → down.0 … down.(n-1) → mid (block, attention, block) → norm, swish, conv_out
     decoder:  conv_in → mid → up.(n-1) … up.0 → norm, swish, conv_out
+    VAE:      encoder → (mean, log-variance) → sample → decoder
+    VQ-GAN:   encoder → quant_conv → nearest row of the codebook → post_quant_conv → decoder
 
-Conventions, stated once: images enter in **[-1, 1]**; latents leave *normalised*,
+Conventions, stated once: images enter in **[-1, 1]**. VAE latents leave *normalised*,
 ``z = (latent − shift) · scale``, near zero mean and unit variance, because rectified flow mixes
 them with unit Gaussian noise (Eq. 1) and its timestep schedule presumes comparable sizes.
 
 Letters: B batch, H W image height and width, C latent channels, h w latent height and width
-(H/f, W/f for a downsampling factor f). This module imports nothing of this project: copy it freely.
+(H/f, W/f for a downsampling factor f), N = h·w tokens, K codes, E width of a code, R rows of any
+kind. This module imports nothing of this project: copy it freely.
 """
 
-from dataclasses import asdict, dataclass
+import json
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,9 +56,9 @@ class AutoencoderConfig:
     attention_levels: tuple[int, ...] = ()
     """levels with an attention after each block (none in FLUX's VAE, the last in taming's f16)"""
     shift: float = 0.1159
-    """mean of raw latents over the training images: subtracted"""
+    """VAE: mean of raw latents over the training images, subtracted"""
     scale: float = 0.3611
-    """one over their standard deviation: multiplied"""
+    """VAE: one over their standard deviation, multiplied"""
 
     @property
     def downsampling(self) -> int:
@@ -60,7 +66,25 @@ class AutoencoderConfig:
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
+@dataclass(frozen=True)
+class VQGANConfig(AutoencoderConfig):
+    """The same with a codebook. The defaults are taming's f16, trained on ImageNet at 256 px.
+
+    Its attention sits "at resolution 16", counted from the nominal 256 px whatever the input is:
+    the last of five levels.
+    """
+
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    latent_channels: int = 256
+    attention_levels: tuple[int, ...] = (4,)
+    codes: int = 1024
+    """K: 1024 or 16384 were published"""
+    code_width: int = 256
+    """E"""
+
+
 FLUX_VAE = AutoencoderConfig()
+TAMING_VQGAN = VQGANConfig()
 # Toy scenes (64 px) become 8×8×32 latents, so 16 tokens after the denoiser's 2×2 patches: one per
 # CLIP patch. Shift and scale come with the weights, in their JSON.
 TOY_VAE = AutoencoderConfig(
@@ -69,6 +93,17 @@ TOY_VAE = AutoencoderConfig(
     blocks_per_level=1,
     latent_channels=32,
     groups=4,
+)
+# The same scenes become 8×8 = 64 tokens of 8×8 pixels.
+TOY_VQGAN = VQGANConfig(
+    base_channels=8,
+    channel_multipliers=(1, 2, 4, 8),
+    blocks_per_level=1,
+    latent_channels=32,
+    groups=4,
+    attention_levels=(),
+    codes=512,
+    code_width=32,
 )
 
 
@@ -269,60 +304,169 @@ class VAE(nn.Module):
         return self.decoder(latents / self.config.scale + self.config.shift)
 
 
+# ------------------------------------------------------------------------------------------------
+# The VQ-GAN
+# ------------------------------------------------------------------------------------------------
+def nearest_codes(vectors: Tensor, codebook: Tensor, rows: int = 1024) -> Tensor:
+    """Index of the codebook row nearest to each vector. (R, E), (K, E) → (R,).
+
+    |z − e|² = |z|² − 2 z·e + |e|², and |z|² is the same for all e: one matrix product decides. It
+    is made `rows` at a time, so that no (R, K) tensor ever exists: 16 images of 384 px and
+    K = 16384 would need 604 MB for it.
+    """
+    half_squares = 0.5 * codebook.square().sum(1)  # (K,)
+    pieces = [
+        torch.argmin(torch.addmm(half_squares, piece, codebook.T, alpha=-1), dim=1)  # (rows,)
+        for piece in vectors.split(rows)
+    ]
+    return torch.cat(pieces)
+
+
+class Codebook(nn.Module):
+    """K code vectors, under the name that taming gave them: ``quantize.embedding.weight``."""
+
+    def __init__(self, codes: int, width: int):
+        super().__init__()
+        self.embedding = nn.Embedding(codes, width)
+
+
+class VQGAN(nn.Module):
+    """The discrete tokenizer vq-gan of Alg. 2, line 3: an image becomes N integers."""
+
+    def __init__(self, config: VQGANConfig = TAMING_VQGAN):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, config.latent_channels)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config.codes, config.code_width)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.code_width, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_width, config.latent_channels, 1)
+
+    @property
+    def codebook(self) -> Tensor:
+        """(K, E)"""
+        return self.quantize.embedding.weight
+
+    def indices(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → codebook indices (B, N), row by row from the top
+        left."""
+        continuous = self.quant_conv(self.encoder(images))  # (B, E, h, w)
+        vectors = rearrange(continuous, "b e h w -> (b h w) e")  # (B·N, E)
+        # Distances in half precision would tie codes that differ.
+        return nearest_codes(vectors.float(), self.codebook.float()).view(len(images), -1)  # (B, N)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices (B, N) of a square grid → images (B, 3, f·h, f·w), about [-1, 1]."""
+        codes = self.codebook[indices]  # (B, N, E)
+        grid = rearrange(codes, "b (h w) e -> b e h w", h=math.isqrt(indices.shape[1]))
+        return self.decoder(self.post_quant_conv(grid))
+
+
+# ------------------------------------------------------------------------------------------------
+# Loading. Files of this project carry their configuration in the safetensors header; published
+# files do not, and their layout is the default.
+# ------------------------------------------------------------------------------------------------
 def load_vae(path: str | Path, config: AutoencoderConfig = FLUX_VAE) -> VAE:
     """A frozen VAE in eval mode from a safetensors file.
-
-    Files of this project carry their configuration in the safetensors header; published files do
-    not, and are read as `config`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not safetensors, or tensors that do not fit; the first mismatch is named.
     """
+    state, text = _read("VAE", path, "FLUX.1's is ae.safetensors of its repository")
+    return _fit(VAE, config_from_text(text, AutoencoderConfig) if text else config, state, path)
+
+
+def load_vqgan(path: str | Path, config: VQGANConfig = TAMING_VQGAN) -> VQGAN:
+    """A frozen VQ-GAN in eval mode: safetensors, or taming's own ``last.ckpt``.
+
+    The size of the codebook is read off the file. Of a checkpoint, the discriminator and the
+    perceptual loss (``loss.*``) are dropped: they trained the VQ-GAN and are no part of it.
+
+    Raises: as `load_vae`; a ckpt that holds more than tensors and plain values is refused, with the
+        one-time conversion in the message.
+    """
+    state, text = _read("VQ-GAN", path, "taming-transformers publishes f16 ones, K 1024 and 16384")
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
+    if text:
+        config = config_from_text(text, VQGANConfig)
+    elif (codebook := state.get("quantize.embedding.weight")) is not None:
+        config = replace(config, codes=codebook.shape[0])
+    return _fit(VQGAN, config, state, path)
+
+
+def _read(what: str, path: str | Path, hint: str) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a file, and the configuration in its header ("" if there is none)."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"VAE weights: no file {path}; FLUX.1's is ae.safetensors of its repository"
-        )
+        raise FileNotFoundError(f"{what} weights: no file {path}; {hint}")
+    if path.suffix in (".ckpt", ".pt", ".pth"):
+        return _read_pickle(what, path), ""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        state = load_file(path)
+        return load_file(path), metadata.get("autoencoder", "")
     except SafetensorError as error:
         raise ValueError(
-            f"VAE weights: {path} is not a whole safetensors file ({error}); download it again"
+            f"{what} weights: {path} is not a whole safetensors file ({error}); download it again"
         ) from None
-    if "autoencoder" in metadata:
-        config = config_from_text(metadata["autoencoder"])
+
+
+def _read_pickle(what: str, path: Path) -> dict[str, Tensor]:
+    """Tensors of a torch file. Unpickling can run any code that the file's author put there, so
+    only tensors and plain values are let in (weights_only)."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; none of them may end in unpickling
+        once = (
+            "import torch, safetensors.torch as s; "
+            f"d = torch.load('{path.name}', map_location='cpu', weights_only=False)['state_dict']; "
+            "s.save_file({k: v.contiguous() for k, v in d.items() if not k.startswith('loss.')}, "
+            "'vqgan.safetensors')"
+        )
+        raise ValueError(
+            f"{what} weights: {path} cannot be read as tensors alone ({type(error).__name__}: it "
+            "is damaged, or holds other objects, as lightning checkpoints do). If you trust its "
+            f'source, convert it once, somewhere without secrets: python -c "{once}"'
+        ) from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"{what} weights: {path} holds no tensors by name")
+    return state
+
+
+def _fit(make: type, config: AutoencoderConfig, state: dict[str, Tensor], path: str | Path):
+    """`make(config)` with the file's tensors, strictly; frozen, in eval mode, float32."""
     with torch.device("meta"):
-        vae = VAE(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+        module = make(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
         first = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
         raise ValueError(
-            f"VAE weights: {path} holds {len(found)} tensors, expected {len(expected)}; first "
-            "mismatch "
-            f"{first}: expected {expected.get(first, 'nothing')}, found "
-            f"{found.get(first, 'nothing')}"
+            f"{make.__name__} weights: {path} holds {len(found)} tensors, expected "
+            f"{len(expected)}; first mismatch {first}: expected {expected.get(first, 'nothing')}, "
+            f"found {found.get(first, 'nothing')}"
         )
-    # assign=True puts the file's tensors in place of the meta ones; toy weights ship in half
+    # assign=True puts the file's tensors in the meta ones' place; toy weights ship in half
     # precision.
-    vae.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    return vae.eval().requires_grad_(False)
+    module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 def config_to_text(config: AutoencoderConfig) -> str:
     """One line of JSON for a safetensors header."""
-    import json
-
     return json.dumps(asdict(config))
 
 
-def config_from_text(text: str) -> AutoencoderConfig:
-    """The reverse; JSON has no tuples, so lists are turned back."""
-    import json
+def config_from_text(text: str, kind: type = AutoencoderConfig) -> AutoencoderConfig:
+    """The reverse; JSON has no tuples, so lists are turned back.
 
-    return AutoencoderConfig(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
-    )
+    Raises: ValueError where the text describes another kind of model.
+    """
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ValueError(f"weights of another kind: not a {kind.__name__} ({error})") from None

@@ -2,11 +2,12 @@
 
 GenHancer starts from models that others pretrained. The toy world has no others, so this file plays
 their part, once: a tiny CLIP (open_clip's own class) on captions with reporting bias, and a tiny
-VAE (the class of autoencoders.py) on pictures alone. The results are shipped in ``toy/`` together
-with ``PRETRAINING.json``, which says which command, seed and versions made them, how long it took
-and what was measured. Nothing here is needed to use the project.
+VAE and VQ-GAN (the classes of autoencoders.py) on pictures alone. The results are shipped in
+``toy/`` together with ``PRETRAINING.json``, which says which command, seed and versions made them,
+how long it took and what was measured. Nothing here is needed to use the project.
 
-Letters: B batch, d width of the joint space.
+Letters: B batch, d width of the joint space; of the VQ-GAN: K codes, E their width, h w the grid of
+tokens, R = B·h·w rows.
 """
 
 import json
@@ -23,14 +24,23 @@ from safetensors.torch import save_file
 from tqdm import trange
 
 import toyworld as toy
-from autoencoders import TOY_VAE, VAE, config_to_text
+from autoencoders import (
+    TOY_VAE,
+    TOY_VQGAN,
+    VAE,
+    VQGAN,
+    AutoencoderConfig,
+    config_to_text,
+    load_vae,
+    nearest_codes,
+)
 from cli import parse_settings, run_command, setting
 
 
 @dataclass(frozen=True)
 class Settings:
     preset: str = setting("default", "named set of defaults")
-    only: str = setting("all", "which weights to make", ("all", "clip", "vae"))
+    only: str = setting("all", "which weights to make", ("all", "clip", "vae", "vqgan"))
     out: str = setting(str(toy.TOY_DIR), "where they go")
     seed: int = setting(0, "seed of weights, scenes and captions")
     threads: int = setting(0, "CPU threads; 0: all")
@@ -43,6 +53,11 @@ class Settings:
     vae_batch: int = setting(16, "images per step of the VAE")
     vae_lr: float = setting(3e-3, "peak learning rate of the VAE")
     kl_weight: float = setting(1e-4, "weight of the VAE's KL term")
+    vqgan_steps: int = setting(2000, "steps of the VQ-GAN, which starts from the VAE")
+    vqgan_batch: int = setting(16, "images per step of the VQ-GAN")
+    vqgan_lr: float = setting(1e-3, "peak learning rate of the VQ-GAN")
+    codes: int = setting(TOY_VQGAN.codes, "K, size of the VQ-GAN's codebook")
+    commitment: float = setting(0.25, "weight of the VQ-GAN's commitment term")
 
 
 MEAN, STD = 0.5, 0.25  # the toy CLIP's normalisation, the same for every channel
@@ -116,6 +131,46 @@ def pretrain_clip(s: Settings, scenes: list, pixels: torch.Tensor) -> tuple[dict
     return clip.state_dict(), {"model_cfg": config, "preprocess_cfg": preprocess}
 
 
+def draw_batch(pixels: torch.Tensor, count: int) -> torch.Tensor:
+    """Random scenes, (B, 3, 64, 64) in [-1, 1]."""
+    images = pixels[torch.randint(len(pixels), (count,))].float() / 127.5 - 1
+    return images.contiguous(memory_format=torch.channels_last)  # the faster layout on a CPU
+
+
+def foreground(images: torch.Tensor) -> torch.Tensor:
+    """1 where a pixel differs from the picture's median colour, else 0. → (B, 1, 64, 64)."""
+    median = images.flatten(2).median(dim=2).values[:, :, None, None]  # (B, 3, 1, 1)
+    return ((images - median).abs().amax(1, keepdim=True) > 0.2).float()
+
+
+def picture_loss(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """What the VAE and the VQ-GAN minimise.
+
+    Subjects cover a tenth of a scene and colour is a small part of any squared error: left alone,
+    both are learnt last. So the foreground counts fivefold, and the part of the error that is not
+    grey counts again.
+    """
+    error = reconstruction - images  # (B, 3, 64, 64)
+    color = error - error.mean(1, keepdim=True)
+    return (
+        (1 + 4 * foreground(images)) * (error.abs() + error.square() + 2 * color.square())
+    ).mean()
+
+
+def descend(module, optimizer, loss: torch.Tensor, bar) -> None:
+    """One step of a tokenizer."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+
+
+def psnr(reconstruction: torch.Tensor, images: torch.Tensor) -> float:
+    """Peak signal to noise in dB; the peak of [-1, 1] is 2."""
+    return 10 * float(np.log10(4 / F.mse_loss(reconstruction, images).item()))
+
+
 def pretrain_vae(s: Settings, pixels: torch.Tensor) -> tuple[VAE, dict]:
     """Reconstruction with a light KL term; then the shift and scale that make latents unit-sized.
 
@@ -129,40 +184,111 @@ def pretrain_vae(s: Settings, pixels: torch.Tensor) -> tuple[VAE, dict]:
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, s.vae_steps, s.vae_lr)
-        images = (
-            train[torch.randint(len(train), (s.vae_batch,))].float() / 127.5 - 1
-        )  # (B, 3, 64, 64)
-        mean, log_variance = vae.moments(images.contiguous(memory_format=torch.channels_last))
+        images = draw_batch(train, s.vae_batch)  # (B, 3, 64, 64)
+        mean, log_variance = vae.moments(images)
         sample = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-        error = vae.decoder(sample) - images
-        # Subjects cover a tenth of a scene and colour is a small part of any squared error: left
-        # alone, both are learnt last. So the foreground (what differs from the picture's median
-        # colour) counts fivefold, and the part of the error that is not grey counts again.
-        median = images.flatten(2).median(dim=2).values[:, :, None, None]  # (B, 3, 1, 1)
-        weight = (
-            1 + 4 * ((images - median).abs().amax(1, keepdim=True) > 0.2).float()
-        )  # (B, 1, 64, 64)
-        color = error - error.mean(1, keepdim=True)
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-        loss = (
-            weight * (error.abs() + error.square() + 2 * color.square())
-        ).mean() + s.kl_weight * kl
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        loss = picture_loss(vae.decoder(sample), images) + s.kl_weight * kl
+        descend(vae, optimizer, loss, bar)
     vae = vae.to(memory_format=torch.contiguous_format).eval()
     with torch.no_grad():
         images = held_out.float() / 127.5 - 1
         mean, log_variance = vae.moments(images)
         sample = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape)
-        mse = F.mse_loss(vae.decoder(mean), images).item()
+        reconstruction = vae.decoder(mean)
     vae.config = replace(TOY_VAE, shift=float(sample.mean()), scale=float(1 / sample.std()))
     return vae, {
-        "psnr_db": 10 * np.log10(4 / mse),
+        "psnr_db": psnr(reconstruction, images),
         "posterior_std": torch.exp(0.5 * log_variance).mean().item(),
     }
+
+
+def vqgan_from_vae(vae: VAE, codes: int) -> VQGAN:
+    """A VQ-GAN that starts as the VAE: its encoder up to the mean, its decoder, and 1×1
+    convolutions that change nothing. Only the rounding to a codebook is left to learn."""
+    config = replace(TOY_VQGAN, codes=codes)
+    vqgan = VQGAN(config)
+    state = vae.state_dict()
+    for name in ("encoder.conv_out.weight", "encoder.conv_out.bias"):  # mean, then log-variance
+        state[name] = state[name][: config.latent_channels]
+    for convolution in ("quant_conv", "post_quant_conv"):
+        state[f"{convolution}.weight"] = torch.eye(config.code_width)[:, :, None, None]
+        state[f"{convolution}.bias"] = torch.zeros(config.code_width)
+    state["quantize.embedding.weight"] = vqgan.codebook.detach()
+    vqgan.load_state_dict(state)
+    return vqgan
+
+
+class MovingCodebook:
+    """Every code follows the mean of the vectors that chose it (the exponential moving average of
+    van den Oord et al.), and a code that nothing chooses restarts at a vector of the batch.
+
+    Each vector counts by the foreground of its cell: most cells are background, and would else own
+    most of the codebook.
+    """
+
+    def __init__(self, codebook: torch.Tensor, decay: float = 0.98):
+        self.codebook, self.decay = codebook, decay
+        self.counts = torch.zeros(len(codebook))  # (K,)
+        self.sums = torch.zeros_like(codebook)  # (K, E)
+
+    @torch.no_grad()
+    def update(self, vectors: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor) -> None:
+        """vectors (R, E), chosen codes (R,), weight (R,)."""
+        counts = torch.zeros_like(self.counts).index_add_(0, chosen, weight)
+        sums = torch.zeros_like(self.sums).index_add_(0, chosen, weight[:, None] * vectors)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        dead = self.counts < 0.02 * self.counts.mean()  # (K,)
+        fresh = torch.multinomial(weight, len(dead), replacement=True)[dead]  # any vector, per code
+        self.counts[dead] = self.counts.mean()
+        self.sums[dead] = self.counts[dead, None] * vectors[fresh]
+        self.codebook.copy_(self.sums / self.counts[:, None])
+
+
+def pretrain_vqgan(s: Settings, pixels: torch.Tensor, vae: VAE) -> tuple[VQGAN, dict]:
+    """Reconstruction through a codebook. Neither discriminator nor perceptual loss: in this world
+    a squared error is sharp enough, so it is a VQ-GAN by architecture and a VQ-VAE by training.
+
+    Returns: the VQ-GAN, and what was measured on scenes it has not seen.
+    """
+    torch.manual_seed(s.seed)
+    vqgan = vqgan_from_vae(vae, s.codes).to(memory_format=torch.channels_last)
+    vqgan.quantize.requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        [p for p in vqgan.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=1e-3
+    )
+    codebook = MovingCodebook(vqgan.codebook)
+    train, held_out = pixels[:-512], pixels[-512:]
+    bar = trange(s.vqgan_steps, desc="VQ-GAN")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, s.vqgan_steps, s.vqgan_lr)
+        images = draw_batch(train, s.vqgan_batch)  # (B, 3, 64, 64)
+        grid = vqgan.quant_conv(vqgan.encoder(images))  # (B, E, h, w)
+        vectors = grid.permute(0, 2, 3, 1).flatten(0, 2)  # (R, E)
+        weight = 0.1 + F.avg_pool2d(foreground(images), vqgan.config.downsampling).flatten()  # (R,)
+        chosen = nearest_codes(vectors.detach(), vqgan.codebook)  # (R,)
+        codebook.update(vectors.detach(), chosen, weight)
+        codes = vqgan.codebook[chosen]  # (R, E)
+        # Straight through: forward the code, backward as if it were the encoder's own vector.
+        passed = vectors + (codes - vectors).detach()
+        passed = passed.view(len(images), *grid.shape[2:], -1).permute(0, 3, 1, 2)  # (B, E, h, w)
+        commitment = (weight[:, None] * (vectors - codes).square()).mean()
+        reconstruction = vqgan.decoder(vqgan.post_quant_conv(passed))
+        loss = picture_loss(reconstruction, images) + s.commitment * commitment
+        descend(vqgan, optimizer, loss, bar)
+    vqgan = vqgan.to(memory_format=torch.contiguous_format).eval()
+    with torch.no_grad():
+        images = held_out.float() / 127.5 - 1
+        indices = vqgan.indices(images)  # (512, N)
+        share = torch.bincount(indices.flatten(), minlength=s.codes) / indices.numel()  # (K,)
+        return vqgan, {
+            "psnr_db": psnr(vqgan.decode(indices), images),
+            "codes": s.codes,
+            "perplexity": float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum())),
+            "dead_codes": int((share == 0).sum()),
+        }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -213,11 +339,7 @@ def main(arguments: list[str] | None = None) -> None:
     if s.only in ("all", "vae"):
         start = time.time()
         vae, measured = pretrain_vae(s, pixels)
-        save_file(
-            {k: v.half().contiguous() for k, v in vae.state_dict().items()},
-            out / "vae.safetensors",
-            metadata={"autoencoder": config_to_text(vae.config)},
-        )
+        save_half(vae, vae.config, out / "vae.safetensors")
         report["vae"] = {
             "command": command("vae", s),
             **common,
@@ -228,8 +350,28 @@ def main(arguments: list[str] | None = None) -> None:
             "minutes": round((time.time() - start) / 60, 1),
             **measured,
         }
+    if s.only in ("all", "vqgan"):
+        start = time.time()
+        vqgan, measured = pretrain_vqgan(s, pixels, load_vae(out / "vae.safetensors"))
+        save_half(vqgan, vqgan.config, out / "vqgan.safetensors")
+        report["vqgan"] = {
+            "command": command("vqgan", s),
+            **common,
+            "steps": s.vqgan_steps,
+            "batch": s.vqgan_batch,
+            "lr": s.vqgan_lr,
+            "commitment": s.commitment,
+            "minutes": round((time.time() - start) / 60, 1),
+            **measured,
+        }
     record.write_text(json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))
+
+
+def save_half(module: torch.nn.Module, config: AutoencoderConfig, path: Path) -> None:
+    """Weights in half precision, with their configuration in the header."""
+    state = {k: v.half().contiguous() for k, v in module.state_dict().items()}
+    save_file(state, path, metadata={"autoencoder": config_to_text(config)})
 
 
 def command(part: str, s: Settings) -> str:
