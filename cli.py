@@ -40,9 +40,13 @@ def parse_settings(
     description: str,
     example: str,
     arguments: Sequence[str] | None = None,
+    preset_of: Callable[[dict], dict] | None = None,
 ):
     """Parse flags into `cls`. A preset replaces defaults; flags given by hand replace the
-    preset's."""
+    preset's.
+
+    Args: preset_of: given flags → the preset's values, where they depend on more than its name.
+    """
     parser = OneLineParser(
         description=description,
         epilog=example,
@@ -64,10 +68,11 @@ def parse_settings(
             options["metavar"] = kind.__name__.upper()
         parser.add_argument(f"--{field.name}", **options)
     given = vars(parser.parse_args(arguments))
-    preset = given.get(
+    name = given.get(
         "preset", next(f.default for f in dataclasses.fields(cls) if f.name == "preset")
     )
-    return cls(**{**presets[preset], "preset": preset, **given})
+    chosen = preset_of(given) if preset_of else presets[name]
+    return cls(**{**chosen, "preset": name, **given})
 
 
 def run_command(main: Callable[[], None], saved: Callable[[], str] | None = None) -> None:

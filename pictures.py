@@ -68,20 +68,6 @@ def labelled_rows(
     temporary.replace(path)
 
 
-def sample_grid(
-    original: Tensor, kept: Tensor, sample: Tensor, path: Path, height: int = 96
-) -> None:
-    """Originals, what the VAE keeps of them, and what the denoiser draws from [CLS] alone.
-
-    Args: three batches (B, 3, H, W) in [0, 1].
-    """
-    labels = (
-        "original",
-        "through the VAE and back: the best any denoiser could do",
-        "drawn from noise, given [CLS] alone",
-    )
-    rows = [
-        (label, list(batch), [])
-        for label, batch in zip(labels, (original, kept, sample), strict=True)
-    ]
-    labelled_rows(rows, path, height)
+def sample_grid(rows: dict[str, Tensor], path: Path, height: int = 96) -> None:
+    """One labelled row per batch of pictures (B, 3, H, W) in [0, 1]."""
+    labelled_rows([(label, list(batch), []) for label, batch in rows.items()], path, height)

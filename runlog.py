@@ -5,6 +5,7 @@ exactly what an undisturbed one would have left.
 """
 
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -22,7 +23,8 @@ from lora import lora_state_dict, merged_state_dict
 from pictures import sample_grid
 from settings import Settings
 
-T_BINS = 10  # the loss is logged per tenth of t: one mean hides that its ends behave differently
+# The loss is logged per tenth of t or of the mask ratio: one mean hides that its ends differ.
+BINS = 10
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,21 @@ class Window:
     """Sums of what is logged, since the last line of metrics.jsonl. Saved with every checkpoint, so
     that a resumed run writes the same lines."""
 
-    def __init__(self, sums: list[float] | None = None):
-        # Loss and count per bin of t; drift and its count; gradient norm.
-        self.sums = np.array(sums or [0.0] * (2 * T_BINS + 3))
+    def __init__(self, where: str, sums: list[float] | None = None):
+        # Loss, right guesses and count per bin; drift and its count; gradient norm.
+        self.where, self.sums = where, np.array(sums or [0.0] * (3 * BINS + 3))
 
     def add(self, result: dict, place: Place) -> None:
-        """Add one micro-batch: per-image losses into their bin of t.
+        """Add one micro-batch: per-image losses into their bin of t or of the mask ratio.
 
         Sums and counts, not means: they can be added over pieces and ranks in any split.
         """
-        bins = (result["t"] * T_BINS).long().clamp(0, T_BINS - 1).cpu()
+        bins = (result["where"] * BINS).long().clamp(0, BINS - 1).cpu()
         per_image = result["per_image"].double().cpu()
+        accuracy = result.get("accuracy", torch.zeros_like(per_image)).double().cpu()
         sums = torch.zeros(len(self.sums), dtype=torch.float64)
-        sums[:T_BINS].index_add_(0, bins, per_image)
-        sums[T_BINS : 2 * T_BINS].index_add_(0, bins, torch.ones_like(per_image))
+        for i, values in enumerate((per_image, accuracy, torch.ones_like(per_image))):
+            sums[i * BINS : (i + 1) * BINS].index_add_(0, bins, values)
         if "drift" in result:
             sums[-3], sums[-2] = result["drift"].double().sum().cpu(), len(bins)
         if place.ranks > 1:
@@ -64,19 +67,26 @@ class Window:
             dist.all_reduce(sums)
         self.sums += sums.cpu().numpy()
 
-    def line(self, steps: int) -> dict:
-        """Means over the window, which was `steps` steps long. A bin nothing fell into is null."""
-        loss, count = self.sums[:T_BINS], self.sums[T_BINS : 2 * T_BINS]
-        line = {
-            "loss": loss.sum() / count.sum(),
-            "loss_per_t_bin": [
-                float(a / b) if b else None for a, b in zip(loss, count, strict=True)
-            ],
-            "gradient_norm": self.sums[-1] / steps,
-        }
+    def line(self, steps: int, codes: int | None = None) -> dict:
+        """Means over the window, which was `steps` steps long. A bin nothing fell into is null.
+
+        With a codebook of `codes` entries, the accuracy on masked tokens stands beside the loss,
+        and ln K beside both: what guessing uniformly would cost.
+        """
+        loss, right, count = self.sums[: 3 * BINS].reshape(3, BINS)
+        line = {"loss": loss.sum() / count.sum()}
+        if codes:
+            line |= {"uniform_guess": math.log(codes), "accuracy": right.sum() / count.sum()}
+            line[f"accuracy_per_{self.where}_bin"] = self._per_bin(right, count)
+        line[f"loss_per_{self.where}_bin"] = self._per_bin(loss, count)
+        line["gradient_norm"] = self.sums[-1] / steps
         if self.sums[-2]:
             line["drift"] = self.sums[-3] / self.sums[-2]
         return line
+
+    @staticmethod
+    def _per_bin(sums: np.ndarray, count: np.ndarray) -> list[float | None]:
+        return [float(a / b) if b else None for a, b in zip(sums, count, strict=True)]
 
 
 def draw_samples(model: GenHancer, dataset, path: Path, place: Place) -> None:
@@ -86,7 +96,7 @@ def draw_samples(model: GenHancer, dataset, path: Path, place: Place) -> None:
     )
     model.eval()
     with torch.random.fork_rng():  # leave the global generator as the loop expects it
-        sample_grid(images, *model.reconstruct(images), path)
+        sample_grid(model.reconstruct(images), path)
     model.train()
 
 

@@ -24,7 +24,9 @@ class Settings:
     stage: str = setting(
         "both", "which stage to run; 2 starts from stage 1 of the same run", ("1", "2", "both")
     )
-    name: str = setting("", "run name, default: the preset's; everything goes to RUNS/NAME")
+    name: str = setting(
+        "", "run name, default: preset (and denoiser); everything goes to RUNS/NAME"
+    )
     runs: str = setting("runs", "folder of all runs")
     stage1_from: str = setting(
         "", "another run directory whose stage 1 to start stage 2 from (for ablations)"
@@ -35,15 +37,22 @@ class Settings:
     crop_min: float = setting(0.9, "smallest area of the random crop, as a share of the picture")
     cache: bool = setting(False, "hold images and frozen features in memory (small data sets only)")
     workers: int = setting(4, "processes that decode images, per rank")
+    # the generation paradigm (Key Point #3; Tab. 6)
+    denoiser: str = setting(
+        "flow",
+        "continuous: 'flow' on VAE latents; discrete: masked 'perceiver' on VQ-GAN indices",
+        ("flow", "perceiver"),
+    )
     # the frozen parts
     clip: str = setting(
         "ViT-L-14-quickgelu:openai", "CLIP: NAME:TAG of open_clip, FILE.safetensors or FOLDER"
     )
     vae: str = setting("", "VAE weights, FLUX.1's ae.safetensors for the full size")
+    vqgan: str = setting("", "VQ-GAN weights, taming's f16 for the full size (safetensors or ckpt)")
     posterior: bool = setting(
         True, "sample the VAE posterior (official code); --no-posterior takes its mean"
     )
-    vae_fp32: bool = setting(True, "run the VAE in float32 even under bf16")
+    vae_fp32: bool = setting(True, "run the VAE or VQ-GAN in float32 even under bf16")
     # condition (Key Point #1)
     local_ratio: float = setting(
         0.0, "percent of patch tokens beside [CLS] in the condition (Fig. 5)"
@@ -51,6 +60,10 @@ class Settings:
     # denoiser (Key Point #2.3; Tab. 5). Width, heads and RoPE axes are FLUX.1's, only depth
     # differs: so the row "pretrained FLUX" of Tab. 7 is this network at depth 19 + 38.
     blocks: int = setting(2, "m: m MM-DiT and 2m Single-DiT blocks (Tab. 5)")
+    layers: int = setting(6, "Perceiver layers: 2, 4, 6 or 8 in Tab. 5")
+    learnt_latents: int = setting(
+        0, "Perceiver latents: 0 is one per masked token, more is that many learnt ones"
+    )
     width: int = setting(3072, "width D of the denoiser")
     heads: int = setting(24, "attention heads")
     rope_axes: str = setting(
@@ -67,6 +80,9 @@ class Settings:
         "logit-normal", "distribution of t", ("logit-normal", "uniform")
     )
     time_scale: float = setting(1.0, "scale s of Eq. (6)")
+    # masks (Tab. S1): 28.9 with 50-90 % and with 70 %, 25.9 with 90 %, on OpenAI's L/14
+    mask_from: float = setting(0.5, "smallest mask ratio")
+    mask_to: float = setting(0.9, "largest mask ratio; the same as the smallest: a fixed one")
     # stage 1 and 2 (Key Point #2.1). 100 000 steps of 256 images are 8.5 epochs of CC3M.
     stage1_steps: int = setting(100_000, "steps of stage 1")
     stage1_lr: float = setting(1e-4, "learning rate of stage 1")
@@ -154,11 +170,31 @@ PRESETS: dict[str, dict] = {
     "siglip-so400m-224": {"clip": "ViT-SO400M-14-SigLIP:webli"},
     "siglip-so400m-384": {"clip": "ViT-SO400M-14-SigLIP-384:webli"},
 }
+# What a preset means with the discrete denoiser.
+PERCEIVER = {"width": 1024, "heads": 16}
+PERCEIVER_TOY = {"vqgan": str(TOY_DIR / "vqgan.safetensors"), "width": 128, "heads": 4}
+# Settings that only one of the two denoisers knows.
+ONLY = {
+    "flow": "vae posterior blocks rope_axes vector_dim context_dim guidance initialisation "
+    "time_distribution time_scale",
+    "perceiver": "vqgan layers learnt_latents mask_from mask_to",
+}
+
+
+def preset_of(given: dict) -> dict:
+    """The defaults that flags given by hand stand on: a preset, as its denoiser needs it."""
+    name, denoiser = given.get("preset", "toy"), given.get("denoiser", "flow")
+    chosen = {"preset": name, **PRESETS[name]}
+    if denoiser == "perceiver":
+        chosen |= PERCEIVER | (PERCEIVER_TOY if name == "toy" else {})
+    return chosen
+
+
 # A resumed run may differ in these. They change no number of it, but for `micro_batch`, which
 # changes the rounding of sums and may have to shrink after running out of memory. What `clip`,
 # `vae` and `data` hold is compared by fingerprint and by count.
 FREE = set(
-    "preset stage name runs stage1_from data clip vae workers micro_batch "
+    "preset stage name runs stage1_from data clip vae vqgan workers micro_batch "
     "log_every sample_every save_every keep".split()
 )
 
@@ -167,19 +203,30 @@ def check(settings: Settings) -> None:
     """Numbers that would otherwise fail late, or silently do nothing. Raises: ValueError."""
     for name in (
         "batch micro_batch stage1_steps stage2_steps log_every sample_every save_every keep "
-        "toy_images blocks lora_rank"
+        "toy_images blocks layers lora_rank"
     ).split():
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name} {getattr(settings, name)}: must be at least 1")
     if settings.end_to_end and settings.stage == "1":
         raise ValueError("--end_to_end has no stage 1: drop --stage 1")
+    if settings.learnt_latents < 0:
+        raise ValueError(f"--learnt_latents {settings.learnt_latents}: 0, or how many")
+    other = "perceiver" if settings.denoiser == "flow" else "flow"
+    usual = Settings(**preset_of({"preset": settings.preset, "denoiser": settings.denoiser}))
+    for name in ONLY[other].split():
+        if getattr(settings, name) != getattr(usual, name):
+            raise ValueError(
+                f"--{name} is of the {other} denoiser and would do nothing here: drop it, or add "
+                f"--denoiser {other}"
+            )
 
 
 def relevant(settings: Settings, stage: int) -> dict:
     """The settings that decide the numbers of a stage."""
     other = "stage2_" if stage == 1 else "stage1_"
     only_stage2 = ("lora_", "tuning", "drift_weight", "end_to_end") if stage == 1 else ()
-    free = FREE | ({f"stage{stage}_steps"} if settings.schedule == "constant" else set())
+    unused = set(ONLY["perceiver" if settings.denoiser == "flow" else "flow"].split())
+    free = FREE | unused | ({f"stage{stage}_steps"} if settings.schedule == "constant" else set())
     return {
         k: v
         for k, v in asdict(settings).items()
@@ -188,4 +235,5 @@ def relevant(settings: Settings, stage: int) -> dict:
 
 
 def run_directory(settings: Settings) -> Path:
-    return Path(settings.runs) / (settings.name or settings.preset)
+    suffix = "" if settings.denoiser == "flow" else f"-{settings.denoiser}"
+    return Path(settings.runs) / (settings.name or settings.preset + suffix)

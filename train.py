@@ -1,6 +1,7 @@
 """Train GenHancer: stage 1, then stage 2.
 
     python train.py                             both stages on the toy world, CPU, minutes
+    python train.py --denoiser perceiver        the same with the discrete denoiser
     python train.py --stage 1 --data PHOTOS     a folder (or list) of pictures, toy models
     torchrun --nproc_per_node 8 train.py --stage 1 --preset openai-l14-224 \\
         --data DIR --vae ae.safetensors         the full size, one node of eight GPUs
@@ -29,12 +30,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints as ckpt
-from autoencoders import load_vae
+from autoencoders import load_vae, load_vqgan
 from backbones import load_clip
 from cli import parse_settings, run_command
 from data import FrozenCache, ImageFiles, MicroBatches, batches
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
 from genhancer import GenHancer
+from paradigms import Continuous, Discrete
+from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
 from runlog import (
     Place,
     Window,
@@ -44,7 +47,7 @@ from runlog import (
     write_config,
     write_enhanced,
 )
-from settings import PRESETS, Settings, check, relevant, run_directory
+from settings import PRESETS, Settings, check, preset_of, relevant, run_directory
 from toyworld import ToyScenes
 
 
@@ -84,26 +87,45 @@ def seed_of(*numbers: int) -> int:
     """A 62-bit seed that mixes all numbers well: near seeds give unrelated streams.
 
     All randomness comes from here. Who draws what: (seed, 1) the denoiser's weights, 2 the toy
-    scenes, 3 LoRA's matrices, 4 LoRA's dropout, 5 the order of images, and (seed, stage, position)
-    the noise and t of one image.
+    scenes, 3 LoRA's matrices, 4 LoRA's dropout, 5 the order of images, 6 the number of masked
+    tokens of a step, and (seed, stage, position) the noise, t and mask of one image.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
 
 
 def build_model(settings: Settings, place: Place) -> tuple[torch.nn.Module, GenHancer]:
     """CLIP and the module around it. Initialised alike on every rank: same seed, same order."""
-    if not settings.vae:
+    continuous = settings.denoiser == "flow"
+    if continuous and not settings.vae:
         raise ValueError(
             "--vae is missing: give FLUX.1's ae.safetensors (its Apache-2.0 'schnell' repository "
             "has it)"
         )
+    if not continuous and not settings.vqgan:
+        raise ValueError(
+            "--vqgan is missing: give a taming-transformers f16 VQ-GAN (K = 1024 or 16384), as "
+            "safetensors or as the published ckpt"
+        )
+    clip, info = load_clip(settings.clip)
+    build = continuous_paradigm if continuous else discrete_paradigm
+    model = GenHancer(
+        clip,
+        info,
+        build(settings, info.image_size),
+        local_ratio=settings.local_ratio,
+        drift_weight=settings.drift_weight,
+    )
+    return clip.to(place.device), model.to(place.device)
+
+
+def continuous_paradigm(settings: Settings, image_size: int) -> Continuous:
+    """FLUX's VAE and a small FLUX-like transformer (Fig. 3 b)."""
     try:
         axes = tuple(int(a) for a in settings.rope_axes.split(","))
     except ValueError:
         raise ValueError(
             f"--rope_axes {settings.rope_axes!r}: expected three numbers like 16,56,56"
         ) from None
-    clip, info = load_clip(settings.clip)
     vae = load_vae(settings.vae)
     # Whatever loading drew from the global generator, the denoiser starts from this seed.
     torch.manual_seed(seed_of(settings.seed, 1))
@@ -121,19 +143,40 @@ def build_model(settings: Settings, place: Place) -> tuple[torch.nn.Module, GenH
             initialisation=settings.initialisation,
         )
     )
-    model = GenHancer(
-        clip,
-        info,
+    return Continuous(
         vae,
         denoiser,
-        local_ratio=settings.local_ratio,
+        image_size,
         time_distribution=settings.time_distribution,
         time_scale=settings.time_scale,
-        drift_weight=settings.drift_weight,
         sample_posterior=settings.posterior,
-        vae_fp32=settings.vae_fp32,
+        fp32=settings.vae_fp32,
     )
-    return clip.to(place.device), model.to(place.device)
+
+
+def discrete_paradigm(settings: Settings, image_size: int) -> Discrete:
+    """A VQ-GAN and a small Perceiver (Fig. 3 c)."""
+    vqgan = load_vqgan(settings.vqgan)
+    torch.manual_seed(seed_of(settings.seed, 1))
+    denoiser = PerceiverDenoiser(
+        PerceiverDenoiserConfig(
+            codes=vqgan.config.codes,
+            code_width=vqgan.config.code_width,
+            side=image_size // vqgan.config.downsampling,
+            width=settings.width,
+            heads=settings.heads,
+            layers=settings.layers,
+            learnt_latents=settings.learnt_latents,
+        )
+    )
+    return Discrete(
+        vqgan,
+        denoiser,
+        image_size,
+        mask_from=settings.mask_from,
+        mask_to=settings.mask_to,
+        fp32=settings.vae_fp32,
+    )
 
 
 def build_data(settings: Settings, model: GenHancer, place: Place):
@@ -156,7 +199,8 @@ def build_data(settings: Settings, model: GenHancer, place: Place):
         )
 
     def encode(images):
-        return {k: v.float() for k, v in model.eval().frozen(images.to(place.device)).items()}
+        frozen = model.eval().frozen(images.to(place.device))
+        return {k: v.float() if v.is_floating_point() else v for k, v in frozen.items()}
 
     return FrozenCache(
         dataset,
@@ -207,14 +251,19 @@ def run_stage(
     steps, folder = (settings.stage1_steps, settings.stage2_steps)[stage - 1], run / f"stage{stage}"
     torch.manual_seed(seed_of(settings.seed, 3, stage))  # LoRA's A matrices, alike on every rank
     # A checkpoint holds only what trains. These hashes say what it was trained against.
-    frozen = {"clip": ckpt.fingerprint(model.visual), "vae": ckpt.fingerprint(model.vae)}
+    frozen = {
+        "clip": ckpt.fingerprint(model.visual),
+        "tokenizer": ckpt.fingerprint(model.paradigm.tokenizer),
+    }
     if stage == 1:
         model.start_stage1()
     else:
         if not settings.end_to_end:
             load_stage1(model, frozen, Path(settings.stage1_from or run))
-        for part in ("denoiser", "project_vector", "project_context"):  # what stage 1 handed over
-            frozen[part] = ckpt.fingerprint(getattr(model, part))
+        for part in ("project_vector", "project_context"):  # what stage 1 handed over
+            if module := getattr(model, part):
+                frozen[part] = ckpt.fingerprint(module)
+        frozen["denoiser"] = ckpt.fingerprint(model.paradigm.denoiser)
         model.start_stage2(
             "all" if settings.end_to_end else settings.stage2_trains,
             settings.tuning,
@@ -237,7 +286,8 @@ def run_stage(
         "frozen": frozen,
         "settings": {**relevant(settings, stage), "images": len(dataset)},
     }
-    start, window, bad = 0, Window(), set()
+    codes = getattr(model.paradigm.tokenizer.config, "codes", None)  # K; None: continuous
+    start, window, bad = 0, Window(model.paradigm.where), set()
     if found := ckpt.checkpoints_in(folder):
         state = ckpt.read_state(found[-1])
         for what in ("architecture", "frozen", "settings"):
@@ -248,7 +298,11 @@ def run_stage(
                 )
         ckpt.put(model, ckpt.read_trained(found[-1]), set(trained(model)), str(found[-1]))
         optimizer.load_state_dict(ckpt.read_optimizer(found[-1]))
-        start, window, bad = state["step"], Window(state["window"]), set(state["unreadable"])
+        start, window, bad = (
+            state["step"],
+            Window(model.paradigm.where, state["window"]),
+            set(state["unreadable"]),
+        )
     if place.chief:
         trim_metrics(run / "metrics.jsonl", stage, start)
         count = sum(p.numel() for g in groups for p in g["params"])
@@ -337,13 +391,13 @@ def run_stage(
                     "stage": stage,
                     "step": done,
                     "images": done * settings.batch,
-                    **window.line((done - 1) % settings.log_every + 1),
+                    **window.line((done - 1) % settings.log_every + 1, codes),
                     "lr": optimizer.param_groups[0]["lr"],
                     "images_per_s": round(speed, 1),
                     "memory_gb": round(memory_gb(place), 2),
                     "unreadable": len(bad),
                 }
-                window = Window()
+                window = Window(model.paradigm.where)
                 if place.chief:
                     with open(run / "metrics.jsonl", "a") as file:
                         file.write(json.dumps(line) + "\n")
@@ -389,9 +443,12 @@ def add_gradients(
             for k, v in batch.items()
             if k.startswith("frozen/")
         }
-        # Noise and t belong to the image (`Draws`); what is left to chance is LoRA's dropout.
+        # Noise, t and masks belong to the image, the number of masked tokens to the step: however
+        # many ranks and pieces there are. What is left to chance is LoRA's dropout.
         seeds = [seed_of(settings.seed, stage, position) for position in batch["position"]]
-        draws = model.draw([torch.Generator().manual_seed(s) for s in seeds]).to(place.device)
+        shared = torch.Generator().manual_seed(seed_of(settings.seed, 6, stage, step))
+        draws = model.draw([torch.Generator().manual_seed(s) for s in seeds], shared)
+        draws = {k: v.to(place.device, non_blocking=True) for k, v in draws.items()}
         torch.manual_seed(seed_of(settings.seed, 4, stage, step, piece, place.rank))
         # Gradients are exchanged once a step, on its last piece; until then they only add up.
         last = piece == accumulation - 1
@@ -427,7 +484,7 @@ def load_stage1(model: GenHancer, frozen: dict, run: Path) -> None:
 
 def command_line() -> Settings:
     summary, example = __doc__.split("\n\n")[:2]
-    return parse_settings(Settings, PRESETS, summary, example)
+    return parse_settings(Settings, PRESETS, summary, example, preset_of=preset_of)
 
 
 def main(settings: Settings) -> None:

@@ -9,8 +9,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from autoencoders import VAE, AutoencoderConfig  # noqa: E402
+from autoencoders import VAE, VQGAN, AutoencoderConfig, VQGANConfig  # noqa: E402
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig  # noqa: E402
+from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig  # noqa: E402
 
 TINY_DENOISER = FlowDenoiserConfig(
     latent_channels=4,
@@ -31,6 +32,19 @@ TINY_VAE = AutoencoderConfig(
     groups=2,
     shift=0.1,
     scale=0.8,
+)
+TINY_VQGAN = VQGANConfig(
+    base_channels=4,
+    channel_multipliers=(1, 1, 2, 2),
+    blocks_per_level=1,
+    latent_channels=8,
+    groups=2,
+    attention_levels=(3,),
+    codes=24,
+    code_width=6,
+)
+TINY_PERCEIVER = PerceiverDenoiserConfig(
+    codes=24, code_width=6, side=4, width=32, heads=2, layers=2
 )
 
 
@@ -65,18 +79,29 @@ TINY_CLIP = {
 
 
 @pytest.fixture
-def make_genhancer():
-    """A whole GenHancer of a few thousand parameters; keywords go to its constructor."""
+def tiny_vqgan():
+    torch.manual_seed(0)
+    return VQGAN(TINY_VQGAN).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def make_genhancer(tiny_vae, tiny_vqgan):
+    """A whole GenHancer of a few thousand parameters; keywords go to it or to its paradigm."""
     import open_clip
 
     from backbones import ClipInfo
     from genhancer import GenHancer
+    from paradigms import Continuous, Discrete
 
-    def make(**settings):
+    def make(denoiser="flow", **settings):
         torch.manual_seed(0)
         clip = open_clip.CLIP(**TINY_CLIP).eval()
         info = ClipInfo("tiny", TINY_CLIP, (0.5, 0.4, 0.3), (0.25, 0.25, 0.25))
-        vae = VAE(TINY_VAE).eval().requires_grad_(False)
-        return GenHancer(clip, info, vae, FlowDenoiser(TINY_DENOISER), **settings)
+        own = {k: settings.pop(k) for k in ("local_ratio", "drift_weight") if k in settings}
+        if denoiser == "flow":
+            paradigm = Continuous(tiny_vae, FlowDenoiser(TINY_DENOISER), 32, **settings)
+        else:
+            paradigm = Discrete(tiny_vqgan, PerceiverDenoiser(TINY_PERCEIVER), 32, **settings)
+        return GenHancer(clip, info, paradigm, **own)
 
     return make

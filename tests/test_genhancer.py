@@ -17,8 +17,17 @@ def images(n=4):
     return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+BOTH = pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
+
+
 def draws(model, n=4, first=0):
-    return model.draw([torch.Generator().manual_seed(first + i) for i in range(n)])
+    own = [torch.Generator().manual_seed(first + i) for i in range(n)]
+    return model.draw(own, torch.Generator().manual_seed(99))
+
+
+def parts(denoiser):
+    """What stage 1 trains."""
+    return {"paradigm", "project_context"} | ({"project_vector"} if denoiser == "flow" else set())
 
 
 def grads(model):
@@ -30,36 +39,34 @@ def grads(model):
 
 
 # -- who learns ----------------------------------------------------------------------------------
-def test_stage1_gradients(make_genhancer):
-    """Alg. 1, line 7: only φ and ω. Nothing in CLIP, nothing in the VAE."""
-    model = make_genhancer()
+@BOTH
+def test_stage1_gradients(make_genhancer, denoiser):
+    """Alg. 1, line 7 and Alg. 2, line 6: only φ and ω, nothing in CLIP or the tokenizer."""
+    model = make_genhancer(denoiser)
     model.start_stage1()
     model.train()
     model(images(), draws(model))["loss"].backward()
     touched = grads(model)
-    assert touched and all(
-        n.startswith(("denoiser.", "project_vector.", "project_context.")) for n in touched
-    )
-    assert {n.split(".")[0] for n in touched} == {"denoiser", "project_vector", "project_context"}
-    assert not model.visual.training and not model.vae.training
+    assert {n.split(".")[0] for n in touched} == parts(denoiser)
+    assert not any(n.startswith("paradigm.tokenizer") for n in touched)
+    assert not model.visual.training and not model.paradigm.tokenizer.training
 
 
+@BOTH
 @pytest.mark.parametrize("tuning", ["lora", "direct"])
 @pytest.mark.parametrize("trains", ["only", "all"])
-def test_stage2_gradients(make_genhancer, trains, tuning):
-    """Alg. 1, line 16: θ, and φ and ω only if asked."""
-    model = make_genhancer()
+def test_stage2_gradients(make_genhancer, trains, tuning, denoiser):
+    """Alg. 1, line 16 and Alg. 2, line 14: θ, and φ and ω only if asked."""
+    model = make_genhancer(denoiser)
     model.start_stage2(trains, tuning, rank=4)
     for _, layer in lora_layers(model.visual):
         for adapter in layer.adapters.values():
             torch.nn.init.normal_(adapter.B, std=0.05)
     model.train()
     model(images(), draws(model))["loss"].backward()
-    parts = {n.split(".")[0] for n in grads(model)}
-    expected = {"visual"} | (
-        {"denoiser", "project_vector", "project_context"} if trains == "all" else set()
-    )
-    assert parts == expected
+    touched = {n.split(".")[0] for n in grads(model)}
+    assert touched == {"visual"} | (parts(denoiser) if trains == "all" else set())
+    assert not any(n.startswith("paradigm.tokenizer") for n in grads(model))
     inside = {n for n in grads(model) if n.startswith("visual.")}
     if tuning == "lora":
         assert all(n.endswith((".A", ".B", "bias")) for n in inside)
@@ -68,13 +75,14 @@ def test_stage2_gradients(make_genhancer, trains, tuning):
         assert {"visual.conv1.weight", "visual.class_embedding", "visual.proj"} <= inside
 
 
-def test_no_local_token_leaks(make_genhancer):
+@BOTH
+def test_no_local_token_leaks(make_genhancer, denoiser):
     """With ratio 0 the patch tokens reach the loss through [CLS] alone.
 
     The last block's patch outputs feed nothing but themselves: replacing them after the last block
     must leave the loss bit-equal, while replacing the class token there must change it.
     """
-    model = make_genhancer()
+    model = make_genhancer(denoiser)
     model.start_stage2(rank=4)
     model.eval()
     before = model(images(), draws(model))["per_image"]
@@ -99,15 +107,16 @@ def test_no_local_token_leaks(make_genhancer):
 @pytest.mark.parametrize("ratio, tokens", [(0, 1), (10, 1 + 2), (50, 1 + 8), (100, 1 + 16)])
 def test_local_ratio_counts_tokens(make_genhancer, ratio, tokens):
     model = make_genhancer(local_ratio=ratio)
-    context, vector, _ = model.condition(images(), draws(model).local_order)
+    context, vector, _ = model.condition(images(), draws(model).get("local_order"))
     assert context.shape == (4, tokens, 20) and vector.shape == (4, 12)
 
 
-def test_local_tokens_are_drawn_per_image_and_matter(make_genhancer):
-    model = make_genhancer(local_ratio=50)
+@BOTH
+def test_local_tokens_are_drawn_per_image_and_matter(make_genhancer, denoiser):
+    model = make_genhancer(denoiser, local_ratio=50)
     d = draws(model)
-    assert not torch.equal(d.local_order[0], d.local_order[1])
-    assert sorted(d.local_order[0].tolist()) == list(range(16))
+    assert not torch.equal(d["local_order"][0], d["local_order"][1])
+    assert sorted(d["local_order"][0].tolist()) == list(range(16))
     before = model(images(), d)["per_image"]
     handle = model.visual.transformer.resblocks[-1].register_forward_hook(
         lambda m, a, out: torch.cat([out[:, :1], torch.randn_like(out[:, 1:])], 1)
@@ -117,22 +126,26 @@ def test_local_tokens_are_drawn_per_image_and_matter(make_genhancer):
 
 
 # -- the loss ------------------------------------------------------------------------------------
-def test_normalises_twice(make_genhancer):
+@BOTH
+def test_normalises_twice(make_genhancer, denoiser):
     """CLIP gets its own mean and std, the VAE gets [-1, 1], of one and the same picture."""
-    model = make_genhancer()
+    model = make_genhancer(denoiser)
     seen = {}
     model.visual.register_forward_pre_hook(lambda m, args: seen.update(clip=args[0]))
-    model.vae.encoder.register_forward_pre_hook(lambda m, args: seen.update(vae=args[0]))
+    model.paradigm.tokenizer.encoder.register_forward_pre_hook(
+        lambda m, args: seen.update(tokenizer=args[0])
+    )
     x = images()
     model(x, draws(model))
     mean = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
     assert torch.allclose(seen["clip"], (x - mean) / 0.25) and torch.allclose(
-        seen["vae"], x * 2 - 1
+        seen["tokenizer"], x * 2 - 1
     )
 
 
-def test_cached_frozen_parts_change_nothing(make_genhancer):
-    model = make_genhancer()
+@BOTH
+def test_cached_frozen_parts_change_nothing(make_genhancer, denoiser):
+    model = make_genhancer(denoiser)
     frozen = model.frozen(images())
     model.start_stage1()
     assert torch.equal(
@@ -145,8 +158,9 @@ def test_cached_frozen_parts_change_nothing(make_genhancer):
     assert torch.equal(a["loss"], b["loss"]) and torch.equal(a["drift"], b["drift"])
 
 
-def test_condition_matters(make_genhancer):
-    model = make_genhancer()
+@BOTH
+def test_condition_matters(make_genhancer, denoiser):
+    model = make_genhancer(denoiser)
     frozen = model.frozen(images())
     other = {**frozen, "original": frozen["original"].flip(0)}
     model.start_stage1()
@@ -156,17 +170,19 @@ def test_condition_matters(make_genhancer):
     )
 
 
-def test_draws_belong_to_the_image_not_to_the_batch(make_genhancer):
+@BOTH
+def test_draws_belong_to_the_image_not_to_the_batch(make_genhancer, denoiser):
     """The loss of an image is the same alone and in a batch: what makes ranks exchangeable."""
-    model = make_genhancer(local_ratio=25)
+    model = make_genhancer(denoiser, local_ratio=25)
     whole = model(images(), draws(model))["per_image"]
     alone = model(images()[2:3], draws(model, 1, first=2))["per_image"]
     assert torch.allclose(whole[2:3], alone, atol=1e-5)
 
 
-def test_drift_term(make_genhancer):
+@BOTH
+def test_drift_term(make_genhancer, denoiser):
     """Eq. (5): zero at step 0, weighted into the loss by λ, logged as 1 − cos."""
-    model = make_genhancer(drift_weight=3.0)
+    model = make_genhancer(denoiser, drift_weight=3.0)
     model.start_stage2(rank=4)
     model.eval()
     start = model(images(), draws(model))
@@ -189,14 +205,15 @@ def test_mean_instead_of_posterior_sample(make_genhancer):
     model = make_genhancer(sample_posterior=False)
     d = draws(model)
     before = model(images(), d)["loss"]
-    d.posterior = d.posterior + 100
+    d["posterior"] = d["posterior"] + 100
     assert torch.equal(model(images(), d)["loss"], before)
     sampling = make_genhancer()
     assert not torch.equal(sampling(images(), d)["loss"], before)
 
 
-def test_stage1_learns(make_genhancer):
-    model = make_genhancer()
+@BOTH
+def test_stage1_learns(make_genhancer, denoiser):
+    model = make_genhancer(denoiser)
     model.start_stage1()
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
@@ -210,9 +227,12 @@ def test_stage1_learns(make_genhancer):
     assert losses[-1] < 0.6 * losses[0], (losses[0], losses[-1])
 
 
-def test_reconstruct(make_genhancer):
-    kept, sample = make_genhancer().reconstruct(images(), steps=3)
-    for picture in (kept, sample):
+@BOTH
+def test_reconstruct(make_genhancer, denoiser):
+    rows = make_genhancer(denoiser).reconstruct(images())
+    assert len(rows) == (3 if denoiser == "flow" else 5)
+    assert torch.equal(rows["original"], images())
+    for picture in rows.values():
         assert picture.shape == (4, 3, 32, 32) and picture.min() >= 0 and picture.max() <= 1
 
 
@@ -304,9 +324,11 @@ def test_wrong_choices_are_refused(make_genhancer):
 
 @pytest.mark.parametrize("fp32", [True, False])
 def test_vae_precision_under_autocast(make_genhancer, fp32):
-    model = make_genhancer(vae_fp32=fp32)
+    model = make_genhancer(fp32=fp32)
     seen = []
-    model.vae.encoder.conv_out.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    model.paradigm.tokenizer.encoder.conv_out.register_forward_hook(
+        lambda m, a, out: seen.append(out.dtype)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(images(), draws(model))["loss"]
     assert seen == [torch.float32 if fp32 else torch.bfloat16]

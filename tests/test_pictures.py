@@ -28,8 +28,8 @@ def test_tiles_in_place(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_sample_grid_has_three_rows(tmp_path):
+def test_sample_grid_has_a_row_per_label(tmp_path):
     batch = torch.rand(4, 3, 16, 16)
-    sample_grid(batch, batch, batch, tmp_path / "s.png", height=48)
+    sample_grid({"a": batch, "b": batch, "c": batch}, tmp_path / "s.png", height=48)
     picture = Image.open(tmp_path / "s.png")
     assert picture.height == 3 * (LINE + 48 + MARGIN) + MARGIN
