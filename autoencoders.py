@@ -374,7 +374,9 @@ def load_vae(path: str | Path, config: AutoencoderConfig = FLUX_VAE) -> VAE:
         ValueError: not safetensors, or tensors that do not fit; the first mismatch is named.
     """
     state, text = _read("VAE", path, "FLUX.1's is ae.safetensors of its repository")
-    return _fit(VAE, config_from_text(text, AutoencoderConfig) if text else config, state, path)
+    if text:
+        config = config_from_text(text, AutoencoderConfig, path)
+    return _fit(VAE, config, state, path)
 
 
 def load_vqgan(path: str | Path, config: VQGANConfig = TAMING_VQGAN) -> VQGAN:
@@ -389,7 +391,7 @@ def load_vqgan(path: str | Path, config: VQGANConfig = TAMING_VQGAN) -> VQGAN:
     state, text = _read("VQ-GAN", path, "taming-transformers publishes f16 ones, K 1024 and 16384")
     state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
     if text:
-        config = config_from_text(text, VQGANConfig)
+        config = config_from_text(text, VQGANConfig, path)
     elif (codebook := state.get("quantize.embedding.weight")) is not None:
         config = replace(config, codes=codebook.shape[0])
     return _fit(VQGAN, config, state, path)
@@ -460,13 +462,15 @@ def config_to_text(config: AutoencoderConfig) -> str:
     return json.dumps(asdict(config))
 
 
-def config_from_text(text: str, kind: type = AutoencoderConfig) -> AutoencoderConfig:
+def config_from_text(text: str, kind: type, path: str | Path = "text") -> AutoencoderConfig:
     """The reverse; JSON has no tuples, so lists are turned back.
 
-    Raises: ValueError where the text describes another kind of model.
+    Raises: ValueError where the text describes another kind of model; `path` is where it stood.
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
     try:
         return kind(**fields)
     except TypeError as error:
-        raise ValueError(f"weights of another kind: not a {kind.__name__} ({error})") from None
+        raise ValueError(
+            f"weights: {path} is of another kind, no {kind.__name__} ({error})"
+        ) from None

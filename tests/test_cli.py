@@ -31,6 +31,17 @@ def test_defaults_presets_and_flags_in_that_order():
     assert not parse("--preset", "large", "--no-loud").loud
 
 
+def test_a_preset_may_depend_on_other_flags():
+    def preset_of(given):
+        return {"size": 10 if given.get("kind") == "b" else 1}
+
+    def parse(*arguments):
+        return parse_settings(Example, PRESETS, "x", "y", list(arguments), preset_of=preset_of)
+
+    assert parse().size == 1 and parse("--kind", "b").size == 10
+    assert parse("--kind", "b", "--size", "3").size == 3
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

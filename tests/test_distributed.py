@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from test_train import TINY, equal, metrics, tensors, train
+from test_train import PERCEIVER, TINY, equal, metrics, tensors, train
 
 
 def torchrun(ranks, runs, name, *extra, tiny=TINY):
@@ -38,10 +39,12 @@ def torchrun(ranks, runs, name, *extra, tiny=TINY):
     return done
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_equal_one(tmp_path, accumulation):
+@pytest.mark.parametrize(
+    "denoiser, accumulation", [(TINY, 1), (TINY, 2), (PERCEIVER, 1), (PERCEIVER, 2)]
+)
+def test_two_processes_equal_one(tmp_path, denoiser, accumulation):
     """Same images, same noise, same loss at step 1; same weights up to the rounding of sums."""
-    tiny = [*TINY, "--stage1_steps", "5", "--log_every", "1", "--save_every", "5"]
+    tiny = [*denoiser, "--stage1_steps", "5", "--log_every", "1", "--save_every", "5"]
     micro = ["--micro_batch", str(8 // accumulation), "--stage", "1"]
     torchrun(2, tmp_path, "two", *micro, tiny=tiny)
     assert train(tmp_path, "one", "--stage", "1", tiny=tiny).returncode == 0
@@ -107,14 +110,13 @@ train.main(train.command_line())
     )
 
 
-def test_two_processes_resume_bit_equal(tmp_path):
+@pytest.mark.parametrize("tiny", [TINY, PERCEIVER])
+def test_two_processes_resume_bit_equal(tmp_path, tiny):
     micro = ["--micro_batch", "8"]
-    torchrun(2, tmp_path, "straight", *micro)
-    torchrun(2, tmp_path, "stopped", *micro)
+    torchrun(2, tmp_path, "straight", *micro, tiny=tiny)
+    torchrun(2, tmp_path, "stopped", *micro, tiny=tiny)
     run = tmp_path / "stopped"
-    import shutil
-
     shutil.rmtree(run / "stage2" / "step_00000004")
-    torchrun(2, tmp_path, "stopped", *micro)
+    torchrun(2, tmp_path, "stopped", *micro, tiny=tiny)
     assert equal(tensors(run, 2), tensors(tmp_path / "straight", 2))
     assert metrics(run) == metrics(tmp_path / "straight")

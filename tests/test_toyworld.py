@@ -130,7 +130,74 @@ def test_shipped_weights_load_and_are_small():
 
 def test_pretraining_record_says_how_and_what():
     record = json.loads((toy.TOY_DIR / "PRETRAINING.json").read_text())
-    for part in ("clip", "vae"):
+    for part in ("clip", "vae", "vqgan"):
         assert {"command", "seed", "torch", "minutes", "steps", "date"} <= record[part].keys()
     assert record["clip"]["mentioned"]["Average"] - record["clip"]["unmentioned"]["Average"] > 15
     assert record["clip"]["subject_zero_shot"] > 90
+
+
+def test_shipped_vqgan_keeps_the_picture_and_uses_its_codes():
+    from autoencoders import load_vqgan
+
+    vqgan = load_vqgan(toy.TOY_DIR / "vqgan.safetensors")
+    world = toy.ToyScenes(128, seed=777)
+    images = torch.stack([world[(i, 0)]["image"] for i in range(128)]) * 2 - 1
+    indices = vqgan.indices(images)
+    assert indices.shape == (128, 64)
+    psnr = 10 * torch.log10(4 / (vqgan.decode(indices) - images).square().mean())
+    record = json.loads((toy.TOY_DIR / "PRETRAINING.json").read_text())["vqgan"]
+    assert abs(float(psnr) - record["psnr_db"]) < 0.5
+    share = torch.bincount(indices.flatten(), minlength=vqgan.config.codes) / indices.numel()
+    perplexity = float(torch.exp(torch.special.entr(share).sum()))
+    assert perplexity == pytest.approx(record["perplexity"], rel=0.1)
+    assert record["dead_codes"] < 0.05 * vqgan.config.codes == 0.05 * record["codes"]
+
+
+def test_a_vqgan_starts_as_the_vae():
+    import toy_pretrain
+    from autoencoders import load_vae
+
+    vae = load_vae(toy.TOY_DIR / "vae.safetensors")
+    vqgan = toy_pretrain.vqgan_from_vae(vae, codes=16)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    mean, _ = vae.moments(images)
+    assert torch.allclose(vqgan.quant_conv(vqgan.encoder(images)), mean, atol=1e-5)
+    through = vqgan.decoder(vqgan.post_quant_conv(mean))
+    assert torch.allclose(through, vae.decoder(mean), atol=1e-5)
+
+
+def test_the_moving_codebook_finds_clusters_and_revives_dead_codes():
+    """Eight clusters, one of them rare but heavily weighted; codes start far from all of them."""
+    import toy_pretrain
+    from autoencoders import nearest_codes
+
+    g = torch.Generator().manual_seed(0)
+    centers = 10 * torch.randn(8, 4, generator=g)
+    book = 100 + torch.randn(8, 4, generator=g)
+    moving = toy_pretrain.MovingCodebook(book)
+    for _ in range(400):
+        which = torch.multinomial(torch.tensor([1.0] * 7 + [0.05]), 256, True, generator=g)
+        vectors = centers[which] + 0.1 * torch.randn(256, 4, generator=g)
+        weight = torch.where(which == 7, 10.0, 1.0)
+        moving.update(vectors, nearest_codes(vectors, book), weight)
+    assert torch.equal(moving.codebook, book), "in place"
+    assert torch.cdist(centers, book).min(1).values.max() < 0.2
+
+
+def test_pretraining_a_vqgan_from_the_command_line(tmp_path):
+    import shutil
+    import subprocess
+    import sys
+
+    shutil.copy(toy.TOY_DIR / "vae.safetensors", tmp_path)
+    flags = "--vqgan_steps 3 --vqgan_batch 8 --scenes 600 --codes 32".split()
+    command = [sys.executable, "toyworld.py", "pretrain", "--only", "vqgan", "--out", tmp_path]
+    done = subprocess.run(
+        [*command, *flags], cwd=toy.TOY_DIR.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "PRETRAINING.json").read_text())["vqgan"]
+    assert record["codes"] == 32 and record["steps"] == 3 and 1 <= record["perplexity"] <= 32
+    from autoencoders import load_vqgan
+
+    assert load_vqgan(tmp_path / "vqgan.safetensors").config.codes == 32

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,41 +21,16 @@ from safetensors.torch import load_file
 import checkpoints as ckpt
 import toyworld
 import train as training
+from autoencoders import load_vqgan
 from backbones import load_clip
 from cli import run_command
 
-TINY = [
-    "--toy_images",
-    "48",
-    "--width",
-    "32",
-    "--heads",
-    "2",
-    "--rope_axes",
-    "4,6,6",
-    "--vector_dim",
-    "12",
-    "--context_dim",
-    "20",
-    "--batch",
-    "16",
-    "--micro_batch",
-    "16",
-    "--warmup",
-    "2",
-    "--stage1_steps",
-    "6",
-    "--stage2_steps",
-    "4",
-    "--log_every",
-    "3",
-    "--save_every",
-    "2",
-    "--sample_every",
-    "100",
-    "--lora_rank",
-    "4",
-]
+COMMON = shlex.split(
+    "--toy_images 48 --width 32 --heads 2 --batch 16 --micro_batch 16 --warmup 2 --stage1_steps 6 "
+    "--stage2_steps 4 --log_every 3 --save_every 2 --sample_every 100 --lora_rank 4"
+)
+TINY = [*COMMON, *shlex.split("--rope_axes 4,6,6 --vector_dim 12 --context_dim 20")]
+PERCEIVER = [*COMMON, *shlex.split("--denoiser perceiver --layers 2")]
 TIMES = {
     "images_per_s",
     "memory_gb",
@@ -142,10 +119,11 @@ def test_what_a_run_leaves_behind(straight):
 
 def test_checkpoints_hold_what_trains_and_nothing_else(straight):
     assert {n.split(".")[0] for n in tensors(straight, 1)} == {
-        "denoiser",
+        "paradigm",
         "project_vector",
         "project_context",
     }
+    assert not any("tokenizer" in n for n in tensors(straight, 1))
     stage2 = tensors(straight, 2)
     assert all(n.startswith("visual.") and n.endswith((".A", ".B", "bias")) for n in stage2)
 
@@ -271,7 +249,7 @@ def test_end_to_end_has_no_stage_1(tmp_path):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "e"
     assert not (run / "stage1").exists()
-    assert {"visual", "denoiser", "project_vector", "project_context"} == {
+    assert {"visual", "paradigm", "project_vector", "project_context"} == {
         n.split(".")[0] for n in tensors(run, 2)
     }
 
@@ -321,6 +299,111 @@ def test_real_photographs_both_stages(tmp_path):
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
 
 
+# -- the discrete denoiser: what is its own; the loop itself is the same ---------------------------
+@pytest.fixture(scope="module")
+def perceiver(tmp_path_factory):
+    """One undisturbed run of both stages with the discrete denoiser."""
+    runs = tmp_path_factory.mktemp("perceiver")
+    done = train_here(runs, "straight", tiny=PERCEIVER)
+    assert done.returncode == 0, done.stderr
+    return runs / "straight"
+
+
+def test_perceiver_metrics_stand_beside_ln_k(perceiver):
+    lines = metrics(perceiver)
+    assert [(line["stage"], line["step"]) for line in lines] == [(1, 3), (1, 6), (2, 3), (2, 4)]
+    codes = load_vqgan(toyworld.TOY_DIR / "vqgan.safetensors").config.codes
+    for line in lines:
+        assert line["uniform_guess"] == math.log(codes)
+        assert abs(line["loss"] - line["uniform_guess"]) < 1.5 and 0 <= line["accuracy"] <= 1
+        for what in ("loss", "accuracy"):
+            bins = line[f"{what}_per_mask_ratio_bin"]
+            assert len(bins) == 10 and bins[:5] == [None] * 5, "nothing is masked less than half"
+            assert any(b is not None for b in bins[5:])
+    assert "drift" in lines[-1]
+
+
+def test_perceiver_checkpoints_samples_and_enhanced_model(perceiver):
+    assert {n.split(".")[0] for n in tensors(perceiver, 1)} == {"paradigm", "project_context"}
+    assert all(n.startswith("visual.") for n in tensors(perceiver, 2))
+    grid = np.asarray(Image.open(perceiver / "samples" / "stage2_step000004.png"))
+    assert grid.std() > 10 and grid.shape[0] > 5 * 96, "five rows"
+    ours, _ = load_clip(str(perceiver / "enhanced"))
+    assert ours.encode_image(torch.rand(1, 3, 64, 64)).shape == (1, 64)
+
+
+def test_perceiver_resume_is_bit_equal(perceiver, tmp_path):
+    shutil.copytree(perceiver, tmp_path / "stopped")
+    run = tmp_path / "stopped"
+    for stage, last in ((1, "step_00000006"), (2, "step_00000004")):
+        shutil.rmtree(run / f"stage{stage}" / last)
+        if stage == 1:
+            shutil.rmtree(run / "stage2")
+        done = train_here(tmp_path, "stopped", tiny=PERCEIVER)
+        assert done.returncode == 0, done.stderr
+        assert equal(tensors(run, stage), tensors(perceiver, stage))
+    assert metrics(run) == metrics(perceiver)
+
+
+def test_perceiver_accumulation_changes_next_to_nothing(perceiver, tmp_path):
+    """One mask count for all pieces of a step: four of them equal one, up to rounding."""
+    done = train_here(tmp_path, "a", "--stage", "1", "--micro_batch", "4", tiny=PERCEIVER)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "a")[0]["loss"] == pytest.approx(
+        metrics(perceiver)[0]["loss"], abs=1e-5
+    )
+    for key, value in tensors(perceiver, 1).items():
+        assert torch.allclose(tensors(tmp_path / "a", 1)[key], value, atol=2e-4), key
+
+
+PERCEIVER_ABLATIONS = {
+    "all": "--stage2_trains all",
+    "direct": "--tuning direct",
+    "local": "--local_ratio 50",
+    "drift": "--drift_weight 0.5",
+    "fixed ratio": "--mask_from 0.75 --mask_to 0.75",
+    "layers": "--layers 4",
+    "learnt latents": "--learnt_latents 8",
+    "seed": "--seed 1",
+}
+
+
+@pytest.mark.parametrize("name", PERCEIVER_ABLATIONS)
+def test_every_perceiver_ablation_changes_the_run(perceiver, tmp_path, name):
+    tiny = [*PERCEIVER, "--stage1_steps", "3", "--stage2_steps", "3"]
+    done = train_here(tmp_path, "x", *shlex.split(PERCEIVER_ABLATIONS[name]), tiny=tiny)
+    assert done.returncode == 0, done.stderr
+    changed, base = metrics(tmp_path / "x")[-1], metrics(perceiver)[2]
+    assert np.isfinite(changed["loss"]) and changed["stage"] == 2
+    assert (changed["loss"], changed["drift"], changed["gradient_norm"]) != (
+        base["loss"],
+        base["drift"],
+        base["gradient_norm"],
+    )
+    if name == "fixed ratio":
+        bins = changed["loss_per_mask_ratio_bin"]
+        assert [i for i, b in enumerate(bins) if b is not None] == [7]
+
+
+def test_perceiver_end_to_end(tmp_path):
+    done = train_here(tmp_path, "e", "--end_to_end", tiny=PERCEIVER)
+    assert done.returncode == 0, done.stderr
+    assert {"visual", "paradigm", "project_context"} == {
+        n.split(".")[0] for n in tensors(tmp_path / "e", 2)
+    }
+
+
+def test_the_two_denoisers_do_not_share_a_run(straight, perceiver):
+    """Neither a run of the other kind nor its stage 1 is taken for one's own."""
+    done = train_here(straight.parent, "straight", tiny=PERCEIVER)
+    assert done.returncode == 2 and "another architecture (denoiser" in done.stderr
+    done = train_here(
+        straight.parent, "x", "--stage", "2", "--stage1_from", straight, tiny=PERCEIVER
+    )
+    assert done.returncode == 2 and "another architecture: denoiser" in done.stderr
+
+
+DISCRETE = ["--denoiser", "perceiver"]
 WRONG = {
     "missing folder": (["--data", "/nowhere"], "no folder and no file /nowhere"),
     "mistyped flag": (["--blokcs", "3"], "did you mean --blocks"),
@@ -329,6 +412,21 @@ WRONG = {
     "missing CLIP": (["--clip", "gone.safetensors"], "is missing"),
     "missing VAE": (["--vae", "gone.safetensors"], "no file gone.safetensors"),
     "CLIP given as VAE": (["--vae", str(toyworld.TOY_DIR / "clip.safetensors")], "first mismatch"),
+    "missing VQ-GAN": ([*DISCRETE, "--vqgan", "gone.ckpt"], "no file gone.ckpt"),
+    "VAE given as VQ-GAN": (
+        [*DISCRETE, "--vqgan", str(toyworld.TOY_DIR / "vae.safetensors")],
+        "first mismatch",
+    ),
+    "VQ-GAN given as VAE": (
+        ["--vae", str(toyworld.TOY_DIR / "vqgan.safetensors")],
+        "is of another kind",
+    ),
+    "bad mask range": ([*DISCRETE, "--mask_from", "0.9", "--mask_to", "0.5"], "from ≤ to"),
+    "flow's flag": ([*DISCRETE, "--time_scale", "5"], "--time_scale is of the flow denoiser"),
+    "Perceiver's flag": (["--mask_to", "0.8"], "add --denoiser perceiver"),
+    "odd Perceiver": ([*DISCRETE, "--heads", "7"], "no multiple of 7 heads"),
+    "negative latents": ([*DISCRETE, "--learnt_latents", "-1"], "--learnt_latents -1"),
+    "mistyped denoiser": (["--denoiser", "perciever"], "invalid choice: 'perciever'"),
     "bad RoPE": (["--rope_axes", "8,8"], "three even numbers"),
     "words for RoPE": (["--rope_axes", "a,b,c"], "expected three numbers"),
     "bad ratio": (["--local_ratio", "200"], "percentage"),
@@ -352,8 +450,10 @@ def test_wrong_input_is_one_line_and_exit_2(tmp_path, case):
 
 
 def test_full_size_presets_say_what_is_missing(tmp_path):
-    done = train_here(tmp_path, "x", tiny=["--preset", "openai-l14-224"])
-    assert done.returncode == 2 and "--vae is missing" in done.stderr
+    for denoiser, flag in (("flow", "--vae"), ("perceiver", "--vqgan")):
+        tiny = ["--preset", "openai-l14-224", "--denoiser", denoiser]
+        done = train_here(tmp_path, "x", tiny=tiny)
+        assert done.returncode == 2 and f"{flag} is missing" in done.stderr
 
 
 @pytest.mark.parametrize(
