@@ -260,6 +260,14 @@ def toy_retention(judge: Judge, scenes: list) -> dict:
     return {"zero_shot": zero_shot, "features": features, "probe": probe}
 
 
+def changed_pairs_pictures(pairs: list, hits: dict[str, np.ndarray], out: Path, name: str) -> None:
+    """One picture for every model but the first; from the third on, its name is in the file's."""
+    (_, before), *others = hits.items()
+    for number, (model, after) in enumerate(others):
+        suffix = f"_{model.replace('/', '_')}" if number else ""
+        changed_pairs_picture(pairs, before, after, out / f"{name}{suffix}.png")
+
+
 def changed_pairs_picture(
     pairs: list, before: np.ndarray, after: np.ndarray, path: Path, most: int = 5
 ) -> None:
@@ -320,9 +328,7 @@ def evaluate_toy(
         hits = {j.name: score(j, pairs) for j in tqdm(judges, f"{side} pairs", leave=False)}
         results[side] = summarise([p.pattern for p in pairs], hits)
         text.append(markdown(f"Toy benchmark, {side} subjects", results[side]))
-        if len(judges) > 1:
-            before, after = hits[judges[0].name], hits[judges[1].name]
-            changed_pairs_picture(pairs, before, after, out / f"changed_{side}.png")
+        changed_pairs_pictures(pairs, hits, out, f"changed_{side}")
     held_out = toyworld.ToyScenes(PROBE_TRAIN + PROBE_TEST, seed=31_415_926 + seed)
     scenes = [held_out.scene(i) for i in range(len(held_out))]
     measured = {j.name: toy_retention(j, scenes) for j in tqdm(judges, "retention", leave=False)}
@@ -414,10 +420,7 @@ def main() -> None:
             f"MMVP-VLM, {len(pairs)} pairs; one pair is {100 / len(pairs):.2f} points",
             results["mmvp"],
         )
-        if len(judges) > 1:
-            changed_pairs_picture(
-                pairs, hits[judges[0].name], hits[judges[1].name], out / "changed.png"
-            )
+        changed_pairs_pictures(pairs, hits, out, "changed")
     about = {
         "benchmark": args.benchmark,
         "seed": args.seed,
