@@ -102,7 +102,7 @@ TOY_VQGAN = VQGANConfig(
     latent_channels=32,
     groups=4,
     attention_levels=(),
-    codes=512,
+    codes=1024,
     code_width=32,
 )
 

@@ -3,11 +3,10 @@
 A checkpoint is a folder ``step_00001000`` with
 
     trained.safetensors   every parameter that trains, and nothing else (the frozen parts are given)
-    optimizer.pt          AdamW's state; a torch file, so it is only ever read with
-    weights_only=True state.json            step, architecture, fingerprints of the frozen parts,
-    settings, log window
+    optimizer.pt          AdamW's state; a torch file, so only ever read with weights_only=True
+    state.json            step, architecture, fingerprints of the frozen parts, settings, log window
 
-No generator states: the randomness of a step is a pure function of (seed, step), see `Draws` in
+No generator states: the randomness of a step is a pure function of (seed, step), see `draw` in
 genhancer.py and `MicroBatches` in data.py.
 
 The folder is written under a temporary name, flushed to the disk and then renamed. A rename either

@@ -6,14 +6,12 @@ a data set here is a folder or a list of files and nothing else.
 Three promises, because a run that cannot be repeated cannot be believed:
 
 1. **The order is a pure function of (seed, position).** Position counts images since step 0; epoch
-e
-   is a permutation made from (seed, e). Resuming is arithmetic: no state is saved, none can be
+   e is a permutation made from (seed, e). Resuming is arithmetic: no state is saved, none can be
    lost.
 2. **A global batch is the same set of images for any number of ranks and accumulation steps.**
    Ranks take disjoint slices of it. (In the official code every rank reads the same images.)
 3. **An unreadable picture never changes the batch size.** The next readable one stands in for it,
-the
-   name is reported, and more than 5 % of them end the run.
+   the name is reported, and more than 5 % of them end the run.
 
 Conventions: images leave as float RGB (3, size, size) in [0, 1]; the normalisations are the model's
 business. This module imports nothing of this project: copy it freely.

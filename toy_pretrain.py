@@ -53,7 +53,7 @@ class Settings:
     vae_batch: int = setting(16, "images per step of the VAE")
     vae_lr: float = setting(3e-3, "peak learning rate of the VAE")
     kl_weight: float = setting(1e-4, "weight of the VAE's KL term")
-    vqgan_steps: int = setting(2000, "steps of the VQ-GAN, which starts from the VAE")
+    vqgan_steps: int = setting(1800, "steps of the VQ-GAN, which starts from the VAE")
     vqgan_batch: int = setting(16, "images per step of the VQ-GAN")
     vqgan_lr: float = setting(1e-3, "peak learning rate of the VQ-GAN")
     codes: int = setting(TOY_VQGAN.codes, "K, size of the VQ-GAN's codebook")
