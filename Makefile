@@ -1,4 +1,5 @@
-# make demo   both stages on the toy world, the before/after table and the pictures (minutes, 2 CPU cores)
+# make demo   both stages on the toy world with both denoisers, the before/after table and the pictures
+#             (minutes on 2 CPU cores; fewer steps than `python train.py` takes, so that two runs fit)
 # make test   every test
 # Both work in a fresh clone: they make .venv and install what they need into it.
 
@@ -9,9 +10,10 @@ PY = $(VENV)/bin/python
 .PHONY: demo test clean
 
 demo: $(VENV)/.core
-	$(PY) train.py --name demo
-	$(PY) eval_mmvp.py --model toy/clip.safetensors --model runs/demo/enhanced
-	@echo "pictures: runs/demo/samples, runs/demo/eval"
+	$(PY) train.py --name demo --stage1_steps 800 --stage2_steps 300
+	$(PY) train.py --name demo-perceiver --denoiser perceiver --stage1_steps 1500 --stage2_steps 450
+	$(PY) eval_mmvp.py --model toy/clip.safetensors --model runs/demo/enhanced --model runs/demo-perceiver/enhanced
+	@echo "pictures: runs/demo/samples, runs/demo-perceiver/samples, runs/demo-perceiver/eval"
 
 test: $(VENV)/.test
 	$(PY) -m ruff check .

@@ -13,7 +13,7 @@ tokens, R = B·h·w rows.
 import json
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -305,6 +305,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cuda.enable_flash_sdp(False)
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
+    if s.only == "vqgan" and not (out / "vae.safetensors").is_file():
+        raise ValueError(
+            f"the VQ-GAN starts from {out / 'vae.safetensors'}: make it with --only vae"
+        )
     record = out / "PRETRAINING.json"
     report = json.loads(record.read_text()) if record.is_file() else {}
     world = toy.ToyScenes(s.scenes, seed=1234 + s.seed)
@@ -312,58 +316,22 @@ def main(arguments: list[str] | None = None) -> None:
     scenes = [scene for scene, _ in drawn]
     stacked = torch.from_numpy(np.stack([p for _, p in drawn]))  # uint8 (scenes, 64, 64, 3)
     pixels = stacked.permute(0, 3, 1, 2).contiguous()  # uint8 (scenes, 3, 64, 64)
-    common = {
-        "seed": s.seed,
-        "scenes": s.scenes,
-        "torch": torch.__version__,
-        "open_clip": open_clip.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
     if s.only in ("all", "clip"):
         start = time.time()
         state, config = pretrain_clip(s, scenes, pixels)
         save_file({k: v.half().contiguous() for k, v in state.items()}, out / "clip.safetensors")
         (out / "clip.json").write_text(json.dumps(config, indent=1))
-        report["clip"] = {
-            "command": command("clip", s),
-            **common,
-            "steps": s.clip_steps,
-            "batch": s.clip_batch,
-            "lr": s.clip_lr,
-            "mention": s.mention,
-            "minutes": round((time.time() - start) / 60, 1),
-            **measure_clip(out),
-        }
+        report["clip"] = about("clip", s, start) | {"mention": s.mention, **measure_clip(out)}
     if s.only in ("all", "vae"):
         start = time.time()
         vae, measured = pretrain_vae(s, pixels)
         save_half(vae, vae.config, out / "vae.safetensors")
-        report["vae"] = {
-            "command": command("vae", s),
-            **common,
-            "steps": s.vae_steps,
-            "batch": s.vae_batch,
-            "lr": s.vae_lr,
-            "kl_weight": s.kl_weight,
-            "minutes": round((time.time() - start) / 60, 1),
-            **measured,
-        }
+        report["vae"] = about("vae", s, start) | {"kl_weight": s.kl_weight, **measured}
     if s.only in ("all", "vqgan"):
         start = time.time()
         vqgan, measured = pretrain_vqgan(s, pixels, load_vae(out / "vae.safetensors"))
         save_half(vqgan, vqgan.config, out / "vqgan.safetensors")
-        report["vqgan"] = {
-            "command": command("vqgan", s),
-            **common,
-            "steps": s.vqgan_steps,
-            "batch": s.vqgan_batch,
-            "lr": s.vqgan_lr,
-            "commitment": s.commitment,
-            "minutes": round((time.time() - start) / 60, 1),
-            **measured,
-        }
+        report["vqgan"] = about("vqgan", s, start) | {"commitment": s.commitment, **measured}
     record.write_text(json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))
 
@@ -374,9 +342,25 @@ def save_half(module: torch.nn.Module, config: AutoencoderConfig, path: Path) ->
     save_file(state, path, metadata={"autoencoder": config_to_text(config)})
 
 
-def command(part: str, s: Settings) -> str:
-    threads = f" --threads {s.threads}" if s.threads else ""
-    return f"python toyworld.py pretrain --only {part} --seed {s.seed}{threads}"
+def about(part: str, s: Settings, start: float) -> dict:
+    """What PRETRAINING.json says of every part: the command that makes it again, and with what."""
+    flags = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
+    flags = {"only": part, "seed": s.seed} | {k: v for k, v in flags.items() if k != "only"}
+    given = " ".join(f"--{k} {v}" for k, v in flags.items() if k not in ("preset", "out"))
+    return {
+        "command": f"python toyworld.py pretrain {given}",
+        "seed": s.seed,
+        "scenes": s.scenes,
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+        "steps": getattr(s, f"{part}_steps"),
+        "batch": getattr(s, f"{part}_batch"),
+        "lr": getattr(s, f"{part}_lr"),
+        "minutes": round((time.time() - start) / 60, 1),
+    }
 
 
 def measure_clip(folder: Path) -> dict:

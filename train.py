@@ -11,8 +11,8 @@
 Run any of them again and it goes on from its newest checkpoint; on the CPU the result is bit-equal
 to a run that was never stopped, since all randomness of a step is a function of (seed, step).
 
-The order of this file: set-up → model and data → the loop → stage 2's way to stage 1. Settings are
-in settings.py, what a run leaves behind in runlog.py.
+The order of this file: set-up → the loop → stage 2's way to stage 1. Settings are in settings.py,
+model and data are put together in assemble.py, what a run leaves behind is in runlog.py.
 """
 
 import contextlib
@@ -23,21 +23,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints as ckpt
-from autoencoders import load_vae, load_vqgan
-from backbones import load_clip
+from assemble import build_data, build_model, seed_of
 from cli import parse_settings, run_command
-from data import FrozenCache, ImageFiles, MicroBatches, batches
-from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
+from data import MicroBatches, batches
 from genhancer import GenHancer
-from paradigms import Continuous, Discrete
-from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
 from runlog import (
     Place,
     Window,
@@ -48,7 +43,6 @@ from runlog import (
     write_enhanced,
 )
 from settings import PRESETS, Settings, check, preset_of, relevant, run_directory
-from toyworld import ToyScenes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -81,134 +75,6 @@ def set_up(settings: Settings) -> Place:
         settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
     )
     return Place(rank, ranks, device, bf16)
-
-
-def seed_of(*numbers: int) -> int:
-    """A 62-bit seed that mixes all numbers well: near seeds give unrelated streams.
-
-    All randomness comes from here. Who draws what: (seed, 1) the denoiser's weights, 2 the toy
-    scenes, 3 LoRA's matrices, 4 LoRA's dropout, 5 the order of images, 6 the number of masked
-    tokens of a step, and (seed, stage, position) the noise, t and mask of one image.
-    """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
-
-
-def build_model(settings: Settings, place: Place) -> tuple[torch.nn.Module, GenHancer]:
-    """CLIP and the module around it. Initialised alike on every rank: same seed, same order."""
-    continuous = settings.denoiser == "flow"
-    if continuous and not settings.vae:
-        raise ValueError(
-            "--vae is missing: give FLUX.1's ae.safetensors (its Apache-2.0 'schnell' repository "
-            "has it)"
-        )
-    if not continuous and not settings.vqgan:
-        raise ValueError(
-            "--vqgan is missing: give a taming-transformers f16 VQ-GAN (K = 1024 or 16384), as "
-            "safetensors or as the published ckpt"
-        )
-    clip, info = load_clip(settings.clip)
-    build = continuous_paradigm if continuous else discrete_paradigm
-    model = GenHancer(
-        clip,
-        info,
-        build(settings, info.image_size),
-        local_ratio=settings.local_ratio,
-        drift_weight=settings.drift_weight,
-    )
-    return clip.to(place.device), model.to(place.device)
-
-
-def continuous_paradigm(settings: Settings, image_size: int) -> Continuous:
-    """FLUX's VAE and a small FLUX-like transformer (Fig. 3 b)."""
-    try:
-        axes = tuple(int(a) for a in settings.rope_axes.split(","))
-    except ValueError:
-        raise ValueError(
-            f"--rope_axes {settings.rope_axes!r}: expected three numbers like 16,56,56"
-        ) from None
-    vae = load_vae(settings.vae)
-    # Whatever loading drew from the global generator, the denoiser starts from this seed.
-    torch.manual_seed(seed_of(settings.seed, 1))
-    denoiser = FlowDenoiser(
-        FlowDenoiserConfig(
-            latent_channels=vae.config.latent_channels,
-            width=settings.width,
-            heads=settings.heads,
-            axes=axes,
-            double_blocks=settings.blocks,
-            single_blocks=2 * settings.blocks,
-            vector_dim=settings.vector_dim,
-            context_dim=settings.context_dim,
-            guidance=settings.guidance,
-            initialisation=settings.initialisation,
-        )
-    )
-    return Continuous(
-        vae,
-        denoiser,
-        image_size,
-        time_distribution=settings.time_distribution,
-        time_scale=settings.time_scale,
-        sample_posterior=settings.posterior,
-        fp32=settings.vae_fp32,
-    )
-
-
-def discrete_paradigm(settings: Settings, image_size: int) -> Discrete:
-    """A VQ-GAN and a small Perceiver (Fig. 3 c)."""
-    vqgan = load_vqgan(settings.vqgan)
-    torch.manual_seed(seed_of(settings.seed, 1))
-    denoiser = PerceiverDenoiser(
-        PerceiverDenoiserConfig(
-            codes=vqgan.config.codes,
-            code_width=vqgan.config.code_width,
-            side=image_size // vqgan.config.downsampling,
-            width=settings.width,
-            heads=settings.heads,
-            layers=settings.layers,
-            learnt_latents=settings.learnt_latents,
-        )
-    )
-    return Discrete(
-        vqgan,
-        denoiser,
-        image_size,
-        mask_from=settings.mask_from,
-        mask_to=settings.mask_to,
-        fp32=settings.vae_fp32,
-    )
-
-
-def build_data(settings: Settings, model: GenHancer, place: Place):
-    """The training set; with --cache, together with everything the frozen parts make of it."""
-    if settings.data:
-        dataset = ImageFiles(settings.data, model.info.image_size, settings.crop_min, settings.seed)
-    elif settings.preset == "toy":
-        dataset = ToyScenes(settings.toy_images, seed=seed_of(settings.seed, 2))
-    else:
-        raise ValueError(
-            f"--data is missing: preset {settings.preset} needs a folder or a list of images"
-        )
-    if not settings.cache:
-        return dataset
-    # 50 000 toy scenes with their features are about 2 GB: beyond that a cache is a mistake.
-    if len(dataset) * model.info.image_size**2 > 50_000 * 64**2:
-        raise ValueError(
-            f"--cache would hold {len(dataset)} images of {model.info.image_size} px: use "
-            "--no-cache"
-        )
-
-    def encode(images):
-        frozen = model.eval().frozen(images.to(place.device))
-        return {k: v.float() if v.is_floating_point() else v for k, v in frozen.items()}
-
-    return FrozenCache(
-        dataset,
-        encode,
-        lambda chunks: tqdm(
-            chunks, "frozen features", unit="chunk", leave=False, disable=not place.chief
-        ),
-    )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import assemble  # noqa: E402
 import checkpoints as ckpt  # noqa: E402
 import toyworld  # noqa: E402
 import train  # noqa: E402
@@ -30,7 +31,7 @@ from settings import Settings  # noqa: E402
 def load(run: Path):
     """The model of a run as its stage 1 left it, and the step."""
     settings = Settings(**json.loads((run / "config.json").read_text())["settings"])
-    _, model = train.build_model(settings, train.set_up(settings))
+    _, model = assemble.build_model(settings, train.set_up(settings))
     model.start_stage1()
     newest = ckpt.checkpoints_in(run / "stage1")[-1]
     ckpt.put(model, ckpt.read_trained(newest), set(train.trained(model)), str(newest))

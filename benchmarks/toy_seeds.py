@@ -2,6 +2,7 @@
 statistics.
 
     python benchmarks/toy_seeds.py                                   seeds 1 to 5 of the toy preset
+    python benchmarks/toy_seeds.py --name perceiver --flags="--denoiser perceiver"
     python benchmarks/toy_seeds.py --name end_to_end --seeds 1 --flags="--end_to_end"
     python benchmarks/toy_seeds.py --name lambda0 --seeds 2 \\
         --flags="--drift_weight 0 --stage1_from runs/toy_seeds-seed{seed}"

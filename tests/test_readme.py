@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -118,11 +119,15 @@ def test_flags_named_anywhere_exist():
         assert flag in known, f"README names --{flag}"
 
 
-def test_settings_table_names_the_presets_own_numbers():
-    from settings import PRESETS, Settings
+@pytest.mark.parametrize(
+    "heading, denoiser", [("Settings", "flow"), ("Settings of the discrete denoiser", "perceiver")]
+)
+def test_settings_tables_name_the_presets_own_numbers(heading, denoiser):
+    from settings import PERCEIVER, Settings, preset_of
 
-    rows = {row[0]: row[1:] for row in table("Settings")}
-    full, toy = Settings(), Settings(**PRESETS["toy"])
+    rows = {row[0]: row[1:] for row in table(heading)}
+    full = Settings(**(PERCEIVER if denoiser == "perceiver" else {}))
+    toy = Settings(**preset_of({"denoiser": denoiser}))
     plain = [cell.replace(" ", "").replace("\u202f", "") for cell in rows["steps"]]
     expected = [full.stage1_steps, full.stage2_steps, toy.stage1_steps, toy.stage2_steps]
     assert [int(cell) for cell in plain] == expected
@@ -130,6 +135,24 @@ def test_settings_table_names_the_presets_own_numbers():
     assert rates == [full.stage1_lr, full.stage2_lr, toy.stage1_lr, toy.stage2_lr]
     assert [int(c) for c in rows["global batch"]] == [full.batch, full.batch, toy.batch, toy.batch]
     assert float(rows["λ of the drift term"][3]) == toy.drift_weight and full.drift_weight == 0
+    if denoiser == "perceiver":
+        for settings, cell in ((full, rows["denoiser"][0]), (toy, rows["denoiser"][2])):
+            numbers = [settings.layers, settings.width, settings.heads]
+            assert [int(n) for n in re.findall(r"\d+", cell)] == numbers
+
+
+def test_parameter_table_of_the_perceiver():
+    from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
+
+    part = README.split("Parameters of the Perceiver")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("|")][2:]
+    assert [int(row[0]) for row in rows] == [2, 4, 6, 8]
+    for layers, *cells in rows:
+        for codes, cell in zip((1024, 16384), cells, strict=True):
+            config = PerceiverDenoiserConfig(codes=codes, layers=int(layers))
+            with torch.device("meta"):
+                count = sum(p.numel() for p in PerceiverDenoiser(config).parameters())
+            assert int(cell.replace(" ", "").replace("\u202f", "")) == count
 
 
 def test_links_and_pictures_exist():
@@ -138,11 +161,16 @@ def test_links_and_pictures_exist():
             assert (ROOT / target).exists(), target
 
 
-def test_result_figures_are_those_of_the_benchmark_file():
-    """The table in the README is the committed output of the command beside it, to the letter."""
-    text = (ROOT / "benchmarks" / "toy_seeds.md").read_text(encoding="utf-8")
-    result = json.loads((ROOT / "benchmarks" / "toy_seeds.json").read_text())
-    assert len(result["seeds"]) == 5
+@pytest.mark.parametrize("name", ["toy_seeds", "perceiver", "side_by_side", "condition"])
+def test_result_figures_are_those_of_the_benchmark_files(name):
+    """The tables in the README are the committed output of the commands beside them, to the
+    letter; of the discrete denoiser's, the one on mentioned subjects is only linked."""
+    text = (ROOT / "benchmarks" / f"{name}.md").read_text(encoding="utf-8")
+    if name in ("toy_seeds", "perceiver"):
+        result = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+        assert len(result["seeds"]) == 5
+    if name == "perceiver":
+        text = text.split("**Toy benchmark, mentioned subjects**")[0]
     for line in text.splitlines():
         if line.startswith("|"):
             assert line in README, line
