@@ -233,3 +233,15 @@ def test_a_broken_picture_is_named(folder):
         and "29.png cannot be read" in done.stderr
         and "Traceback" not in done.stderr
     )
+
+
+def test_every_further_model_gets_its_own_picture_of_changed_pairs(tmp_path):
+    """Two enhanced models beside the original: nobody's picture is overwritten."""
+    pairs = toyworld.benchmark(True, 1, seed=3)
+    before = np.zeros(len(pairs), dtype=bool)
+    after = {"a/enhanced": ~before, "b/enhanced": before.copy()}
+    after["b/enhanced"][0] = True
+    ev.changed_pairs_pictures(pairs, {"original": before, **after}, tmp_path, "changed")
+    assert {p.name for p in tmp_path.iterdir()} == {"changed.png", "changed_b_enhanced.png"}
+    wide, narrow = (Image.open(p).width for p in sorted(tmp_path.iterdir()))
+    assert wide > narrow, "nine pairs won against one; at most five are shown"
