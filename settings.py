@@ -185,7 +185,7 @@ PERCEIVER_TOY = {
     "stage1_lr": 1.5e-3,
     "stage2_steps": 900,
     "stage2_lr": 9e-4,
-    "drift_weight": 0.06,
+    "drift_weight": 0.1,
 }
 # Settings that only one of the two denoisers knows.
 ONLY = {
