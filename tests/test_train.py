@@ -443,7 +443,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_one_line_and_exit_2(tmp_path, case):
     flags, message = WRONG[case]
-    done = train_here(tmp_path, "x", *flags)
+    done = train_here(tmp_path, "x", *flags, tiny=PERCEIVER if flags[:2] == DISCRETE else TINY)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and message in last, done.stderr
     assert last.startswith("train.py: ") and "Traceback" not in done.stderr
