@@ -315,10 +315,14 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, rows: int = 1024) -> Tensor
     K = 16384 would need 604 MB for it.
     """
     half_squares = 0.5 * codebook.square().sum(1)  # (K,)
+    # TF32 keeps ten bits of a product: enough for a gradient, not to tell near codes apart.
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     pieces = [
         torch.argmin(torch.addmm(half_squares, piece, codebook.T, alpha=-1), dim=1)  # (rows,)
         for piece in vectors.split(rows)
     ]
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     return torch.cat(pieces)
 
 

@@ -1,7 +1,7 @@
 """Does the denoiser listen? Reconstruction loss with the true and with another image's [CLS].
 
     python benchmarks/condition.py                          runs/toy-perceiver, after stage 1
-    python benchmarks/condition.py --run runs/demo-flow --name condition_flow
+    python benchmarks/condition.py --run runs/toy --name condition_flow
 
 On toy scenes that no run has trained on, at fixed mask ratios (or times t). Writes
 benchmarks/NAME.json and NAME.md.

@@ -277,23 +277,15 @@ def test_pictures_from_a_folder_with_a_broken_one(tmp_path):
     assert metrics(tmp_path / "photos")[-1]["unreadable"] >= 1
 
 
-def test_real_photographs_both_stages(tmp_path):
+@pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
+def test_real_photographs_both_stages(tmp_path, denoiser):
     """The shared COCO photographs, where they are: the same code, and the loss falls."""
     folder = ROOT.parent / "shared" / "data" / "photos"
     if not folder.is_dir():
         pytest.skip("no ../shared/data/photos here")
-    tiny = [
-        *TINY,
-        "--stage1_steps",
-        "60",
-        "--stage2_steps",
-        "10",
-        "--log_every",
-        "10",
-        "--save_every",
-        "60",
-    ]
-    done = train_here(tmp_path, "real", "--data", folder, tiny=tiny)
+    tiny = TINY if denoiser == "flow" else PERCEIVER
+    steps = "--stage1_steps 60 --stage2_steps 10 --log_every 10 --save_every 60"
+    done = train_here(tmp_path, "real", "--data", folder, tiny=[*tiny, *shlex.split(steps)])
     assert done.returncode == 0, done.stderr
     lines = [line for line in metrics(tmp_path / "real") if line["stage"] == 1]
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
