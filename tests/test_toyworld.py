@@ -166,22 +166,37 @@ def test_a_vqgan_starts_as_the_vae():
     assert torch.allclose(through, vae.decoder(mean), atol=1e-5)
 
 
-def test_the_moving_codebook_finds_clusters_and_revives_dead_codes():
-    """Eight clusters, one of them rare but heavily weighted; codes start far from all of them."""
+def test_the_moving_codebook_finds_clusters():
+    """Eight clusters, one of them rare but heavily weighted; codes start far from all of them, so
+    that all but the first chosen are dead at once and must be revived."""
     import toy_pretrain
     from autoencoders import nearest_codes
 
-    g = torch.Generator().manual_seed(0)
-    centers = 10 * torch.randn(8, 4, generator=g)
-    book = 100 + torch.randn(8, 4, generator=g)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        centers = 10 * torch.randn(8, 4)
+        book = 100 + torch.randn(32, 4)  # more codes than clusters: two may share one
+        moving = toy_pretrain.MovingCodebook(book)
+        for _ in range(400):
+            which = torch.multinomial(torch.tensor([1.0] * 7 + [0.05]), 256, True)
+            vectors = centers[which] + 0.1 * torch.randn(256, 4)
+            weight = torch.where(which == 7, 10.0, 1.0)
+            moving.update(vectors, nearest_codes(vectors, book), weight)
+        assert torch.equal(moving.codebook, book), "in place"
+        assert torch.cdist(centers, book).min(1).values.max() < 0.2
+
+
+def test_a_code_follows_its_vectors_and_a_dead_one_restarts():
+    import toy_pretrain
+
+    torch.manual_seed(0)
+    book = torch.tensor([[0.0], [10.0], [500.0]])
     moving = toy_pretrain.MovingCodebook(book)
-    for _ in range(400):
-        which = torch.multinomial(torch.tensor([1.0] * 7 + [0.05]), 256, True, generator=g)
-        vectors = centers[which] + 0.1 * torch.randn(256, 4, generator=g)
-        weight = torch.where(which == 7, 10.0, 1.0)
-        moving.update(vectors, nearest_codes(vectors, book), weight)
-    assert torch.equal(moving.codebook, book), "in place"
-    assert torch.cdist(centers, book).min(1).values.max() < 0.2
+    vectors, chosen = torch.tensor([[1.0], [3.0], [12.0]]), torch.tensor([0, 0, 1])
+    moving.update(vectors, chosen, torch.tensor([1.0, 3.0, 2.0]))
+    assert book[0].item() == pytest.approx((1 * 1 + 3 * 3) / 4), "a weighted mean"
+    assert book[1].item() == pytest.approx(12)
+    assert book[2].item() in vectors, "nothing chose it: it restarts at a vector of the batch"
 
 
 def test_pretraining_a_vqgan_from_the_command_line(tmp_path):
