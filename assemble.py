@@ -4,20 +4,25 @@ The parts know nothing of settings and of each other; this file knows both. On e
 the same, so that a run can start without sending weights around.
 """
 
+import os
+import sys
+
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from autoencoders import load_vae, load_vqgan
 from backbones import load_clip
-from data import FrozenCache, ImageFiles
+from data import FileList, FrozenCache, Pictures, find_images
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
 from genhancer import GenHancer
 from paradigms import Continuous, Discrete
 from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
 from runlog import Place
 from settings import Settings
+from shards import ShardIndex, is_shard_pattern
 from toyworld import ToyScenes
 
 
@@ -117,15 +122,43 @@ def discrete_paradigm(settings: Settings, image_size: int) -> Discrete:
     )
 
 
+def picture_source(settings: Settings, place: Place) -> FileList | ShardIndex:
+    """Where the pictures of --data lie."""
+    if not is_shard_pattern(settings.data):
+        return FileList(find_images(settings.data))
+
+    def bar(shards):
+        return tqdm(shards, "reading shard headers", unit="shard", disable=not place.chief)
+
+    # The chief scans and leaves the index file; the others find it there.
+    if place.ranks > 1 and not place.chief:
+        dist.barrier()
+    # The first scan of CC3M reads 9 million headers: worth all cores of the node.
+    index = ShardIndex(settings.data, progress=bar, workers=os.cpu_count() or 1)
+    if place.ranks > 1 and place.chief:
+        dist.barrier()
+    if place.chief:
+        for problem in index.problems:
+            print(f"data: {problem}", file=sys.stderr)
+    return index
+
+
 def build_data(settings: Settings, model: GenHancer, place: Place) -> Dataset:
     """The training set; with --cache, together with everything the frozen parts make of it."""
     if settings.data:
-        dataset = ImageFiles(settings.data, model.info.image_size, settings.crop_min, settings.seed)
+        dataset = Pictures(
+            picture_source(settings, place),
+            model.info.image_size,
+            settings.crop_min,
+            settings.seed,
+            settings.crop_white,
+        )
     elif settings.preset == "toy":
         dataset = ToyScenes(settings.toy_images, seed=seed_of(settings.seed, 2))
     else:
         raise ValueError(
-            f"--data is missing: preset {settings.preset} needs a folder or a list of images"
+            f"--data is missing: preset {settings.preset} needs a folder of images, a list of "
+            "them, or tar shards"
         )
     if not settings.cache:
         return dataset

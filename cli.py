@@ -23,6 +23,11 @@ def setting(default, help: str, choices: Sequence | None = None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+def speaker(command: str) -> str:
+    """Who says a line: the command, and under torchrun the rank."""
+    return f"{command}, rank {os.environ['RANK']}" if "RANK" in os.environ else command
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage dump: the error in one line, with the nearest spelling."""
 
@@ -31,7 +36,7 @@ class OneLineParser(argparse.ArgumentParser):
             wrong = next((w for w in message.split() if w.startswith("-")), "").split("=")[0]
             near = difflib.get_close_matches(wrong, self._option_string_actions, n=1, cutoff=0.5)
             message += f" (did you mean {near[0]}?)" if near else " (see --help)"
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{speaker(self.prog)}: {message}\n")
 
 
 def parse_settings(
@@ -80,7 +85,7 @@ def run_command(main: Callable[[], None], saved: Callable[[], str] | None = None
 
     Args: saved: says what survives, for the line printed after Ctrl-C or a full memory.
     """
-    name = os.path.basename(sys.argv[0])
+    name = speaker(os.path.basename(sys.argv[0]))
     try:
         main()
     except KeyboardInterrupt:
@@ -89,15 +94,14 @@ def run_command(main: Callable[[], None], saved: Callable[[], str] | None = None
     except (ValueError, OSError, MemoryError) as error:
         _explain(name, error)
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        text, after = str(error), f"; {saved()}" if saved else ""
+        if "DataLoader worker" in text and "killed" in text:
+            line = "a process that decodes images was killed, most likely for memory: lower "
+            _explain(name, MemoryError(line + "--workers" + after))
+        if "out of memory" not in text and "can't allocate memory" not in text:
             raise
-        _explain(
-            name,
-            MemoryError(
-                "not enough memory: lower --micro_batch (the global batch stays the same)"
-                + (f"; {saved()}" if saved else "")
-            ),
-        )
+        line = "not enough memory: lower --micro_batch (the global batch stays the same)"
+        _explain(name, MemoryError(line + after))
 
 
 def _explain(name: str, error: BaseException) -> typing.NoReturn:

@@ -1,7 +1,7 @@
 """Images in, batches out: the same global batch whatever the number of ranks.
 
 GenHancer trains on pictures alone (Alg. 1: "image-only training dataset D without annotations"), so
-a data set here is a folder or a list of files and nothing else.
+a data set here is a folder, a list of files or tar shards (shards.py), and nothing else.
 
 Three promises, because a run that cannot be repeated cannot be believed:
 
@@ -14,9 +14,10 @@ Three promises, because a run that cannot be repeated cannot be believed:
    the name is reported, and more than 5 % of them end the run.
 
 Conventions: images leave as float RGB (3, size, size) in [0, 1]; the normalisations are the model's
-business. This module imports nothing of this project: copy it freely.
+business. Beside this file, copy shards.py.
 """
 
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from shards import ShardIndex
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+# What a damaged picture makes Pillow raise.
+BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 Key = tuple[int, int]  # (index in the data set, epoch): what a sampler asks of a data set
 
 
@@ -50,10 +55,10 @@ def find_images(source: str | Path) -> list[Path]:
         return files
     if not source.is_file():
         raise FileNotFoundError(f"data: no folder and no file {source}")
-    if source.suffix.lower() in SUFFIXES | {".tar"}:
+    if source.suffix.lower() in SUFFIXES:
         raise ValueError(
-            f"data: {source} is one {source.suffix} file; give a folder, or a text file that "
-            "lists images"
+            f"data: {source} is one {source.suffix} file; give a folder, tar shards, or a text "
+            "file that lists images"
         )
     try:
         lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
@@ -68,10 +73,29 @@ def find_images(source: str | Path) -> list[Path]:
     return files
 
 
-def load_rgb(path: Path) -> Image.Image:
+class FileList:
+    """Files by number; the counterpart of `ShardIndex`."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+    def read(self, index: int) -> bytes:
+        return self.files[index].read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------
+def load_rgb(file: Path | io.BytesIO) -> Image.Image:
     """Decode to upright RGB: EXIF orientation applied, palette, CMYK, grey, alpha and 16 bit
     converted."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip at 255
             image = Image.fromarray(
@@ -81,6 +105,27 @@ def load_rgb(path: Path) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def crop_white_bars(image: Image.Image) -> Image.Image:
+    """Cut off the white bars of a letterboxed picture; any other picture comes back as it is.
+
+    img2dataset's usual recipe pads to a square. The bars carry no content, yet the denoiser would
+    spend a third of its tokens on them and the reconstruction loss would reward CLIP for knowing
+    the aspect ratio. Bars are cut only in pairs of equal height (or width): a photograph of
+    something on white is not a letterbox.
+    """
+    # 224, not 255: JPEG rings around the edge of a bar.
+    content = np.asarray(image).min(axis=2) < 224  # (H, W): not white
+    box = [0, 0, image.width, image.height]  # left, top, right, bottom
+    for axis, length in ((0, image.width), (1, image.height)):
+        lines = np.flatnonzero(content.any(axis=axis))  # columns, then rows with any content
+        if len(lines) == 0:
+            return image
+        before, after = int(lines[0]), length - 1 - int(lines[-1])
+        if min(before, after) >= 2 and abs(before - after) <= 3:
+            box[axis], box[axis + 2] = before, length - after
+    return image.crop(tuple(box))
 
 
 def random_resized_crop(
@@ -106,48 +151,52 @@ def random_resized_crop(
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
 
 
-class ImageFiles(Dataset):
-    """Image files as {"image": (3, size, size) in [0, 1], "name": str, "unreadable": [names]}.
+class Pictures(Dataset):
+    """Pictures as {"image": (3, size, size) in [0, 1], "name": str, "unreadable": [names]}.
 
     Indexed by (index, epoch): the crop is a pure function of (seed, epoch, index), so it does not
     matter which worker of which rank makes it.
 
+    Args:
+        source: anything with a length, `name(index)` and `read(index)`: FileList or ShardIndex.
+        crop_white: cut off the white bars of letterboxed pictures.
     Raises: ValueError where not one image in a row of 20 can be read.
     """
 
-    def __init__(self, source: str | Path, size: int, scale_min: float = 0.9, seed: int = 0):
-        self.files, self.size, self.scale_min, self.seed = (
-            find_images(source),
-            size,
-            scale_min,
-            seed,
-        )
+    def __init__(
+        self,
+        source: FileList | ShardIndex,
+        size: int,
+        scale_min: float = 0.9,
+        seed: int = 0,
+        crop_white: bool = False,
+    ):
+        self.source, self.size, self.scale_min, self.seed = source, size, scale_min, seed
+        self.crop_white = crop_white
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.source)
 
     def __getitem__(self, key: Key) -> dict:
         index, epoch = key
         unreadable = []
-        for attempt in range(min(20, len(self.files))):
-            place = (index + attempt) % len(self.files)
+        for attempt in range(min(20, len(self))):
+            place = (index + attempt) % len(self)
             try:
-                image = load_rgb(self.files[place])
-            except (
-                OSError,
-                UnidentifiedImageError,
-                SyntaxError,
-                ValueError,
-                Image.DecompressionBombError,
-            ):
-                unreadable.append(str(self.files[place]))
+                image = load_rgb(io.BytesIO(self.source.read(place)))
+            except BROKEN:
+                unreadable.append(self.source.name(place))
                 continue
+            if self.crop_white:
+                image = crop_white_bars(image)
             rng = np.random.default_rng([self.seed, epoch, place])
             pixels = np.asarray(random_resized_crop(image, self.size, self.scale_min, rng))
-            tensor = (
-                torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
-            )  # (3, size, size)
-            return {"image": tensor, "name": str(self.files[place]), "unreadable": unreadable}
+            pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)  # (3, size, size)
+            return {
+                "image": pixels.float() / 255,
+                "name": self.source.name(place),
+                "unreadable": unreadable,
+            }
         raise ValueError(
             f"data: {len(unreadable)} images in a row cannot be read, from {unreadable[0]} on"
         )
@@ -207,11 +256,18 @@ class _Positioned(Dataset):
 
     def __getitem__(self, request: tuple[int, Key]) -> dict:
         position, key = request
-        return {"unreadable": [], **self.dataset[key], "position": position}
+        try:
+            return {"unreadable": [], **self.dataset[key], "position": position}
+        except (ValueError, OSError) as error:
+            # Raised in a worker process it would reach the user as a traceback in a string.
+            return {"failed": str(error)}
 
 
 def collate(items: list[dict]) -> dict:
     """Stack tensors; keep names, positions and unreadable files as lists."""
+    failed = [item for item in items if "failed" in item]
+    if failed:
+        return failed[0]
     batch = {}
     for field, value in items[0].items():
         values = [item[field] for item in items]
@@ -220,7 +276,10 @@ def collate(items: list[dict]) -> dict:
 
 
 def batches(dataset: Dataset, sampler: MicroBatches, workers: int = 0) -> Iterator[dict]:
-    """The endless stream of one rank's micro-batches."""
+    """The endless stream of one rank's micro-batches.
+
+    Raises: ValueError where `dataset` did, also from within a worker process.
+    """
     loader = DataLoader(
         _Positioned(dataset),
         batch_sampler=sampler,
@@ -229,7 +288,10 @@ def batches(dataset: Dataset, sampler: MicroBatches, workers: int = 0) -> Iterat
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )
-    return iter(loader)
+    for batch in loader:
+        if "failed" in batch:
+            raise ValueError(batch["failed"])
+        yield batch
 
 
 class FrozenCache(Dataset):

@@ -32,9 +32,18 @@ class Settings:
         "", "another run directory whose stage 1 to start stage 2 from (for ablations)"
     )
     # what is looked at
-    data: str = setting("", "folder or list of images; empty: the toy world's own scenes")
+    data: str = setting(
+        "",
+        "folder or list of images, or tar shards (a folder of them, 'DIR/*.tar', "
+        "'DIR/{00000..00331}.tar'); empty: the toy world's own scenes",
+    )
     toy_images: int = setting(16384, "number of toy scenes, where --data is empty")
     crop_min: float = setting(0.9, "smallest area of the random crop, as a share of the picture")
+    crop_white: bool = setting(
+        False,
+        "cut off white letterbox bars, as img2dataset's border resizing leaves them: the denoiser "
+        "would learn to draw bars, and CLIP to name the aspect ratio",
+    )
     cache: bool = setting(False, "hold images and frozen features in memory (small data sets only)")
     workers: int = setting(4, "processes that decode images, per rank")
     # the generation paradigm (Key Point #3; Tab. 6)
@@ -113,6 +122,9 @@ class Settings:
     warmup: int = setting(0, "steps of linear warm-up")
     weight_decay: float = setting(0.01, "AdamW's weight decay")
     clip_grad: float = setting(1.0, "largest gradient norm")
+    zero: bool = setting(
+        False, "share AdamW's moments out among the ranks (ZeRO stage 1); the same numbers"
+    )
     precision: str = setting(
         "auto",
         "autocast; auto: bf16 on GPUs that have it, float32 on the CPU",
@@ -208,7 +220,7 @@ def preset_of(given: dict) -> dict:
 # changes the rounding of sums and may have to shrink after running out of memory. What `clip`,
 # `vae` and `data` hold is compared by fingerprint and by count.
 FREE = set(
-    "preset stage name runs stage1_from data clip vae vqgan workers micro_batch "
+    "preset stage name runs stage1_from data clip vae vqgan workers micro_batch zero "
     "log_every sample_every save_every keep".split()
 )
 

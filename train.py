@@ -19,12 +19,15 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -43,6 +46,9 @@ from runlog import (
     write_enhanced,
 )
 from settings import PRESETS, Settings, check, preset_of, relevant, run_directory
+
+# How gloo and NCCL speak of a peer that is gone.
+LOST_PEER = re.compile(r"(?i)connection (closed|reset|refused)|nccl|timed ?out|timeout")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -68,7 +74,14 @@ def set_up(settings: Settings) -> Place:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.mha.set_fastpath_enabled(False)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # After a restart torchrun's store still holds the addresses of the dead: a prefix of its
+        # own for each attempt keeps the living from calling them.
+        store, _, _ = next(dist.rendezvous("env://", rank, ranks))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt{attempt}", store)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks
+        )
     # bf16 keeps float32's range, so no loss scaling is needed. CPUs without bf16 units emulate it,
     # a hundred times slower than float32 where we measured: "auto" never picks it there.
     bf16 = settings.precision == "bf16" or (
@@ -100,6 +113,19 @@ def parameter_groups(model: GenHancer, settings: Settings, stage: int) -> list[d
     peak = settings.stage1_lr if stage == 1 or settings.end_to_end else settings.stage2_lr
     groups = [{"params": tower, "peak": settings.stage2_lr}, {"params": rest, "peak": peak}]
     return [g for g in groups if g["params"]]
+
+
+def make_optimizer(groups: list[dict], settings: Settings, place: Place) -> torch.optim.Optimizer:
+    """AdamW (App. B; betas, eps and weight decay are the official code's).
+
+    With --zero every rank keeps the two moments of its share of the parameters only, updates that
+    share and sends it to the others (ZeRO, stage 1). Same numbers; of the full size's 10.5 GB of
+    moments, each of eight GPUs holds 1.3.
+    """
+    how = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": settings.weight_decay}
+    if settings.zero and place.ranks > 1:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=0.0, **how)
+    return torch.optim.AdamW(groups, lr=0.0, **how)
 
 
 def trained(model: GenHancer) -> dict[str, torch.Tensor]:
@@ -140,10 +166,7 @@ def run_stage(
         )
     model.train()
     groups = parameter_groups(model, settings, stage)
-    # App. B: AdamW. The betas, eps and weight decay are the official code's.
-    optimizer = torch.optim.AdamW(
-        groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay
-    )
+    optimizer = make_optimizer(groups, settings, place)
 
     # -- resume ----------------------------------------------------------------------------------
     about = {
@@ -178,7 +201,9 @@ def run_stage(
         )
 
     # DDP averages gradients over ranks while backward runs. Frozen parts have none to average, and
-    # buffers never change, so neither is sent.
+    # buffers never change, so neither is sent. (Newer PyTorch warns that the flag was renamed; the
+    # new name sends them once more.)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if place.ranks > 1 else model
     micro = min(settings.micro_batch, settings.batch // place.ranks) or 1
     sampler = MicroBatches(
@@ -191,7 +216,7 @@ def run_stage(
         start,
     )
     stream = batches(dataset, sampler, settings.workers)
-    clock, seen = time.time(), 0
+    clock, seen, fresh = time.time(), 0, set()
 
     # -- the loop --------------------------------------------------------------------------------
     with tqdm(
@@ -239,9 +264,13 @@ def run_stage(
             optimizer.zero_grad(set_to_none=True)
             window.sums[-1] += norm
             seen += settings.batch
-            for file in unreadable - bad:
-                bar.write(f"unreadable, replaced by the next: {file}")
-            bad |= unreadable
+            fresh |= unreadable - bad
+            saving = done % settings.save_every == 0 or done == steps
+            if logging or saving:  # the ranks tell each other, and come to one verdict
+                for file in sorted(everyones(fresh, place) - bad):
+                    bar.write(f"unreadable, replaced by the next: {file}")
+                    bad.add(file)
+                fresh = set()
             if len(bad) > max(1, 0.05 * len(dataset)):
                 raise ValueError(
                     f"{len(bad)} of {len(dataset)} images cannot be read, more than 5 %: the data "
@@ -272,7 +301,9 @@ def run_stage(
                 draw_samples(model, dataset, picture, place)
             # The metrics line is written before the checkpoint: a kill between the two leaves a
             # line too many, which the next start removes (`trim_metrics`), never one too few.
-            if done % settings.save_every == 0 or done == steps:
+            if saving:
+                if isinstance(optimizer, ZeroRedundancyOptimizer):
+                    optimizer.consolidate_state_dict(to=0)  # the shares of all ranks
                 if place.chief:
                     traces = {"window": window.sums.tolist(), "unreadable": sorted(bad)}
                     state = optimizer.state_dict()
@@ -330,6 +361,15 @@ def add_gradients(
     return total, names, unreadable
 
 
+def everyones(files: set[str], place: Place) -> set[str]:
+    """The union over ranks."""
+    if place.ranks == 1:
+        return files
+    gathered: list = [None] * place.ranks
+    dist.all_gather_object(gathered, files)
+    return set().union(*gathered)
+
+
 def load_stage1(model: GenHancer, frozen: dict, run: Path) -> None:
     """Start from the newest stage 1 of `run`. Raises: ValueError where it does not fit, and why."""
     found = ckpt.checkpoints_in(run / "stage1")
@@ -372,15 +412,26 @@ def main(settings: Settings) -> None:
             if place.chief:
                 write_enhanced(clip, model, settings, run)
                 print(f"enhanced model: {run / 'enhanced'}")
+    except RuntimeError as error:
+        # What the survivors notice when a rank dies. torchrun ends them and names the first that
+        # fell; with --max-restarts it starts all again, from the newest checkpoint.
+        if not dist.is_initialized() or not LOST_PEER.search(str(error)):
+            raise
+        raise ConnectionError(
+            f"another process of this run has died, so this one stops too; {saved(settings)}, and "
+            "torchrun --max-restarts 3 would do that by itself"
+        ) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def saved(settings: Settings) -> str:
+    """What survives whatever happens now."""
+    where = run_directory(settings)
+    return f"checkpoints so far are in {where}; the same command goes on from the newest"
+
+
 if __name__ == "__main__":
     chosen = command_line()
-    where = run_directory(chosen)
-    run_command(
-        lambda: main(chosen),
-        lambda: f"checkpoints so far are in {where}; the same command goes on from the newest",
-    )
+    run_command(lambda: main(chosen), lambda: saved(chosen))

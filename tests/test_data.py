@@ -17,6 +17,10 @@ def write_images(folder, count=5, size=(40, 30)):
     return folder
 
 
+def pictures_in(folder, *args, **kwargs):
+    return data.Pictures(data.FileList(data.find_images(folder)), *args, **kwargs)
+
+
 # -- finding -------------------------------------------------------------------------------------
 def test_folder_and_list(tmp_path):
     folder = write_images(tmp_path / "a")
@@ -86,11 +90,11 @@ def test_exif_orientation_is_applied(tmp_path):
 def test_crop_is_a_function_of_seed_epoch_and_index(tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (60, 80, 3), np.uint8)).save(tmp_path / "x.png")
-    files = data.ImageFiles(tmp_path, 32, 0.5, seed=1)
+    files = pictures_in(tmp_path, 32, 0.5, seed=1)
     a, again, other_epoch = files[(0, 0)]["image"], files[(0, 0)]["image"], files[(0, 1)]["image"]
     assert a.shape == (3, 32, 32) and a.min() >= 0 and a.max() <= 1
     assert torch.equal(a, again) and not torch.equal(a, other_epoch)
-    assert not torch.equal(a, data.ImageFiles(tmp_path, 32, 0.5, seed=2)[(0, 0)]["image"])
+    assert not torch.equal(a, pictures_in(tmp_path, 32, 0.5, seed=2)[(0, 0)]["image"])
 
 
 def test_crop_area_stays_in_range():
@@ -117,7 +121,7 @@ def test_crop_area_stays_in_range():
 def test_unreadable_is_replaced_and_named(tmp_path):
     folder = write_images(tmp_path, 3)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:40])
-    item = data.ImageFiles(folder, 16)[(1, 0)]
+    item = pictures_in(folder, 16)[(1, 0)]
     assert item["name"].endswith("2.png") and [f.endswith("1.png") for f in item["unreadable"]] == [
         True
     ]
@@ -128,7 +132,45 @@ def test_nothing_readable_is_an_error(tmp_path):
     for file in folder.glob("*.png"):
         file.write_bytes(b"broken")
     with pytest.raises(ValueError, match="in a row cannot be read"):
-        data.ImageFiles(folder, 16)[(0, 0)]
+        pictures_in(folder, 16)[(0, 0)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_worker_arrives_as_one_line(tmp_path, workers):
+    folder = write_images(tmp_path, 2)
+    for file in folder.glob("*.png"):
+        file.write_bytes(b"broken")
+    stream = data.batches(pictures_in(folder, 16), data.MicroBatches(2, 2, 2), workers)
+    with pytest.raises(ValueError, match="^data: 2 images in a row cannot be read[^\n]*$"):
+        next(stream)
+
+
+# -- white bars ----------------------------------------------------------------------------------
+def letterboxed(top, bottom, left=0, right=0):
+    """Colourful noise, never white, with white bars around."""
+    rng = np.random.default_rng(0)
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    inner = picture[top : 64 - bottom, left : 64 - right]
+    inner[:] = rng.integers(0, 200, inner.shape)
+    return Image.fromarray(picture)
+
+
+def test_white_bars_are_cut_in_pairs_only():
+    assert data.crop_white_bars(letterboxed(10, 11)).size == (64, 43)
+    assert data.crop_white_bars(letterboxed(0, 0, 12, 12)).size == (40, 64)
+    for same in (letterboxed(0, 0), letterboxed(20, 0), letterboxed(20, 5), letterboxed(0, 0, 9)):
+        assert data.crop_white_bars(same).size == (64, 64)
+    blank = Image.new("RGB", (8, 8), "white")
+    assert data.crop_white_bars(blank).size == (8, 8)
+
+
+def test_white_bars_of_a_jpeg_and_in_a_data_set(tmp_path):
+    letterboxed(16, 16).save(tmp_path / "a.jpg", quality=80)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert abs(data.crop_white_bars(image.convert("RGB")).height - 32) <= 2
+    kept = pictures_in(tmp_path, 64, 1.0)[(0, 0)]["image"]
+    cut = pictures_in(tmp_path, 64, 1.0, crop_white=True)[(0, 0)]["image"]
+    assert kept.mean() > 0.65 and cut.mean() < 0.45
 
 
 # -- order ---------------------------------------------------------------------------------------
@@ -181,16 +223,16 @@ def test_uneven_global_batch_is_refused():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_carry_images_names_and_positions(tmp_path, workers):
-    files = data.ImageFiles(write_images(tmp_path, 6), 16)
+    files = pictures_in(write_images(tmp_path, 6), 16)
     stream = data.batches(files, data.MicroBatches(6, 4, 4, seed=1), workers)
     first, second = next(stream), next(stream)
     assert first["image"].shape == (4, 3, 16, 16) and first["position"] == [0, 1, 2, 3]
     assert second["position"] == [4, 5, 6, 7] and len(first["name"]) == 4
-    assert sorted(first["name"] + second["name"][:2]) == sorted(str(f) for f in files.files)
+    assert sorted(first["name"] + second["name"][:2]) == sorted(str(f) for f in files.source.files)
 
 
 def test_cache_returns_the_same_images_and_what_was_encoded(tmp_path):
-    files = data.ImageFiles(write_images(tmp_path, 5), 16)
+    files = pictures_in(write_images(tmp_path, 5), 16)
     cache = data.FrozenCache(files, lambda x: {"mean_color": x.mean((2, 3))}, chunk=2)
     assert len(cache) == 5
     for i in range(5):

@@ -3,40 +3,95 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from test_train import PERCEIVER, TINY, equal, metrics, tensors, train
 
 
-def torchrun(ranks, runs, name, *extra, tiny=TINY):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        str(ROOT / "train.py"),
-        "--runs",
-        str(runs),
-        "--name",
-        name,
-        *tiny,
-        *map(str, extra),
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def launch(ranks, runs, name, *extra, tiny=TINY, script=ROOT / "train.py", options=()):
+    """The command line of torchrun on this machine's CPUs."""
+    module = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
+    flags = ["--runs", str(runs), "--name", name, *tiny, *map(str, extra)]
+    return [*module, "--nproc_per_node", str(ranks), str(script), *flags]
+
+
+ALONE = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+
+
+def torchrun(*args, **kwargs):
+    done = subprocess.run(launch(*args, **kwargs), capture_output=True, **ALONE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+# Runs train.py several times, and writes down what each rank saw and the gradient it had before its
+# first step. Ranks are forks of one process that has imported everything: PyTorch's start is what
+# takes longest in these tests.
+SPY = f"""
+import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import checkpoints, train
+def spy(here, rank):
+    seen, gradients = [], []
+    batches, clip, run_stage = train.batches, torch.nn.utils.clip_grad_norm_, train.run_stage
+    def watched(*args):
+        for batch in batches(*args):
+            seen.extend(batch["position"])
+            yield batch
+    def clipped(parameters, limit):
+        if not gradients:
+            gradients.extend(p.grad.clone() for p in parameters)
+        return clip(parameters, limit)
+    def ended(stage, model, *args):
+        run_stage(stage, model, *args)
+        with open(f"{{here}}/rank{{rank}}.json", "w") as file:
+            json.dump({{"hash": checkpoints.fingerprint(model), "seen": seen}}, file)
+        torch.save(gradients, f"{{here}}/rank{{rank}}.pt")
+    train.batches, torch.nn.utils.clip_grad_norm_, train.run_stage = watched, clipped, ended
+    train.main(train.command_line())
+for port, (here, ranks, flags) in enumerate(json.loads(sys.argv[1]), 29500 + os.getpid() % 9000):
+    children = []
+    for rank in range(ranks):
+        if child := os.fork():
+            children.append(child)
+            continue
+        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(ranks))
+        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.argv = ["train.py", *flags]
+        spy(here, rank)
+        os._exit(0)
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children), (ranks, flags)
+"""
+
+
+def spied(folder, runs, tiny):
+    """runs: {name: (ranks, more flags)} → {name: [(json, gradients) of each rank]}."""
+    jobs = []
+    for name, (ranks, more) in runs.items():
+        (folder / name).mkdir()
+        flags = ["--runs", str(folder), "--name", name, *tiny, *more]
+        jobs.append((str(folder / name), ranks, flags))
+    command = [sys.executable, "-c", SPY, json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, **ALONE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: [
+            (
+                json.loads((folder / name / f"rank{rank}.json").read_text()),
+                torch.load(folder / name / f"rank{rank}.pt", weights_only=True),
+            )
+            for rank in range(ranks)
+        ]
+        for name, (ranks, _) in runs.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -56,58 +111,89 @@ def test_two_processes_equal_one(tmp_path, denoiser, accumulation):
         assert torch.allclose(tensors(tmp_path / "two", 1)[key], value, atol=1e-4), key
 
 
-def test_ranks_hold_equal_weights_and_see_disjoint_images(tmp_path):
-    """Each rank writes down its weights' hash and its images after 5 steps."""
-    script = tmp_path / "spy.py"
-    script.write_text(f"""
-import json, os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import checkpoints, train, data
-seen = []
-original = data.batches
-def spy(*args):
-    for batch in original(*args):
-        seen.extend(batch["position"])
-        yield batch
-train.batches = spy
-run_stage = train.run_stage
-def after(stage, model, *args):
-    run_stage(stage, model, *args)
-    rank = os.environ["RANK"]
-    open({str(tmp_path)!r} + f"/rank{{rank}}.json", "w").write(
-        json.dumps({{"hash": checkpoints.fingerprint(model), "seen": seen[:40]}}))
-train.run_stage = after
-train.main(train.command_line())
-""")
-    tiny = [*TINY, "--stage1_steps", "5", "--stage", "1", "--micro_batch", "4"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "spy",
-        *tiny,
+@pytest.mark.parametrize("tiny", [TINY, PERCEIVER])
+def test_gradients_and_images_of_one_two_and_four_processes(tmp_path, tiny):
+    """The global batch is 16 whatever the number of ranks, each image seen by one of them, and the
+    averaged gradient is that of one process on the joined batch; with ZeRO as well."""
+    tiny = [*tiny, "--batch", "16", "--stage1_steps", "3", "--stage", "1", "--micro_batch", "4"]
+    runs = {"1": (1, []), "2": (2, []), "4": (4, [])}
+    runs |= {"2 zero": (2, ["--zero"]), "4 zero": (4, ["--zero"])}
+    found = spied(tmp_path, runs, tiny)
+    [(_, alone)] = found["1"]
+    for name, ranks in found.items():
+        seen = [position for about, _ in ranks for position in about["seen"][: 48 // len(ranks)]]
+        assert sorted(seen) == list(range(48)), "disjoint, and three global batches of 16"
+        assert len({about["hash"] for about, _ in ranks}) == 1, f"{name}: all hold the same weights"
+        for _, gradients in ranks:
+            for mine, whole in zip(gradients, alone, strict=True):
+                scale = float(whole.abs().max())
+                assert float((mine - whole).abs().max()) <= 1e-5 * scale + 1e-7
+    for ranks in ("2", "4"):
+        assert found[ranks][0][0]["hash"] == found[ranks + " zero"][0][0]["hash"], "bit-equal"
+
+
+def test_zero_shares_the_moments_and_resumes_with_any_number_of_ranks(tmp_path):
+    tiny = [*TINY, "--stage", "1", "--micro_batch", "4"]
+    torchrun(2, tmp_path, "straight", tiny=tiny)
+    torchrun(2, tmp_path, "stopped", "--zero", tiny=tiny)
+    run = tmp_path / "stopped"
+    assert equal(tensors(run, 1), tensors(tmp_path / "straight", 1))
+    newest, before = sorted((run / "stage1").iterdir(), reverse=True)[:2]
+    states = [
+        torch.load(folder / newest.name / "optimizer.pt", weights_only=True)["state"]
+        for folder in (run / "stage1", tmp_path / "straight" / "stage1")
     ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1)]
-    assert ranks[0]["hash"] == ranks[1]["hash"]
-    assert not set(ranks[0]["seen"]) & set(ranks[1]["seen"])
-    assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == list(range(80)), (
-        "five global batches of 16"
-    )
+    assert states[0].keys() == states[1].keys(), "the shares of all ranks, in one file"
+    for key, value in states[0].items():
+        assert equal(value, states[1][key])
+    shutil.rmtree(newest)
+    torchrun(2, tmp_path, "stopped", tiny=tiny)  # goes on without --zero
+    assert equal(tensors(run, 1), tensors(tmp_path / "straight", 1))
+    shutil.rmtree(newest)
+    torchrun(2, tmp_path, "stopped", "--zero", tiny=tiny)
+    assert equal(tensors(run, 1), tensors(tmp_path / "straight", 1)) and before.is_dir()
+
+
+def test_a_killed_rank_ends_the_run_and_a_restart_finishes_it(tmp_path):
+    """kill -9 of one of two ranks: the other says so in one line, torchrun starts both again, and
+    the final weights are those of a run that nobody disturbed."""
+    tiny = [*TINY, "--stage1_steps", "60", "--stage", "1", "--micro_batch", "4"]
+    torchrun(2, tmp_path, "straight", tiny=tiny)
+    command = launch(2, tmp_path, "killed", tiny=tiny, options=["--max-restarts", "2"])
+    with subprocess.Popen(command, stderr=subprocess.PIPE, **ALONE) as running:
+        while not list((tmp_path / "killed" / "stage1").glob("step_*")):
+            assert running.poll() is None, "it ended before its first checkpoint"
+            time.sleep(0.02)
+        victims = subprocess.run(
+            ["pgrep", "-f", f"train.py --runs {tmp_path} --name killed"],
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        os.kill(int(victims[-1]), signal.SIGKILL)
+        _, errors = running.communicate()
+    assert running.returncode == 0, errors[-3000:]
+    assert "another process of this run has died" in errors and "step 0 of 60" not in errors
+    assert equal(tensors(tmp_path / "killed", 1), tensors(tmp_path / "straight", 1))
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+
+
+def test_a_users_mistake_under_torchrun_is_a_line_of_a_rank(tmp_path):
+    command = launch(2, tmp_path, "x", "--data", tmp_path / "nowhere")
+    done = subprocess.run(command, capture_output=True, **ALONE)
+    assert done.returncode and "train.py, rank 0: data: no folder and no file" in done.stderr
+    assert 'train.py", line' not in done.stderr, "no traceback of ours"
+
+
+def test_unreadable_images_are_counted_over_all_ranks(tmp_path):
+    """Two of 30 pictures are broken, one in each rank's way: together more than 5 %."""
+    for i in range(30):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    for i in (3, 17):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"broken")
+    tiny = [*TINY, "--stage", "1", "--micro_batch", "4", "--data", str(tmp_path), "--no-cache"]
+    tiny += ["--stage1_steps", "20"]
+    done = subprocess.run(launch(2, tmp_path, "bad", tiny=tiny), capture_output=True, **ALONE)
+    assert done.returncode and "2 of 30 images cannot be read, more than 5 %" in done.stderr
 
 
 @pytest.mark.parametrize("tiny", [TINY, PERCEIVER])

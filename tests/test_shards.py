@@ -1,0 +1,234 @@
+"""shards.py: what is found in tar files, whatever state they are in, and how it is read back."""
+
+import io
+import itertools
+import json
+import os
+import tarfile
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import shards
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "cc3m_style"
+
+
+def picture(value, kind="jpeg"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 16), (value, 255 - value, 7)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    """members: (name, bytes)"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def samples(start, count, kind="jpg"):
+    for i in range(start, start + count):
+        yield f"{i:07d}.{kind}", picture(i, {"jpg": "jpeg"}.get(kind, kind))
+        yield f"{i:07d}.txt", b"a caption"
+        yield f"{i:07d}.json", b"{}"
+
+
+# -- patterns ------------------------------------------------------------------------------------
+def test_braces():
+    assert shards.expand_braces("a{08..11}.tar") == ["a08.tar", "a09.tar", "a10.tar", "a11.tar"]
+    assert shards.expand_braces("{x,y}{1..2}") == ["x1", "x2", "y1", "y2"]
+    assert shards.expand_braces("{9..11}") == ["9", "10", "11"]
+    assert shards.expand_braces("plain") == ["plain"]
+
+
+def test_folder_glob_brace_and_single_file(tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / f"{i:05d}.tar", samples(10 * i, 2))
+    for source, count in (
+        (tmp_path, 3),
+        (f"{tmp_path}/*.tar", 3),
+        (f"{tmp_path}/{{00001..00002}}.tar", 2),
+        (f"{tmp_path}/00000.tar", 1),
+    ):
+        assert shards.is_shard_pattern(source)
+        assert len(shards.find_shards(source)) == count
+    with pytest.raises(FileNotFoundError, match=r"no tar shard .*00003\.tar"):
+        shards.find_shards(f"{tmp_path}/{{00000..00003}}.tar")
+    assert not shards.is_shard_pattern(tmp_path / "nothing")
+
+
+# -- what counts as a picture --------------------------------------------------------------------
+def test_any_order_any_kind_missing_keys(tmp_path):
+    members = [("5.txt", b"first the caption"), ("5.JPG", picture(5)), ("9.json", b"{}")]
+    members += [("2.webp", picture(2, "webp")), ("sub/2.png", picture(3, "png"))]
+    members += [("7.jpeg", picture(7)), ("7.png", picture(8, "png")), ("8.gif", b"GIF")]
+    index = shards.ShardIndex(write_tar(tmp_path / "a.tar", members))
+    found = [index.name(i).rpartition(".tar/")[2] for i in range(len(index))]
+    assert found == ["5.JPG", "2.webp", "sub/2.png", "7.jpeg"], "one picture a key, in file order"
+    want = [picture(5), members[3][1], members[4][1], picture(7)]
+    assert [index.read(i) for i in range(4)] == want
+    assert index.problems == []
+
+
+def test_long_names_and_large_offsets_are_tarfiles_business(tmp_path):
+    name = "x" * 180 + ".jpg"  # needs an extended header
+    index = shards.ShardIndex(write_tar(tmp_path / "a.tar", [(name, picture(1))]))
+    assert index.read(0) == picture(1)
+
+
+def test_a_cut_an_empty_and_a_false_shard_are_reported_and_survived(tmp_path):
+    whole = write_tar(tmp_path / "0.tar", samples(0, 4))
+    content = whole.read_bytes()
+    offsets, sizes, _ = shards.scan_shard(whole)
+    (tmp_path / "1.tar").write_bytes(content[: offsets[2] + sizes[2] // 2])  # within a picture
+    write_tar(tmp_path / "2.tar", [])
+    (tmp_path / "3.tar").write_bytes(b"no tar at all" * 100)
+    (tmp_path / "4.tar").write_bytes(b"")
+    write_tar(tmp_path / "5.tar", [("1.txt", b"words")])
+    (tmp_path / "6.tar").write_bytes(content[: offsets[3] - 300])  # within a header
+    index = shards.ShardIndex(tmp_path)
+    assert np.bincount(index.shard, minlength=7).tolist() == [4, 2, 0, 0, 0, 0, 3]
+    assert len(index.problems) == 6
+    for number in range(1, 7):
+        assert any(f"{number}.tar" in problem for problem in index.problems), number
+    files = data.Pictures(index, 16)
+    assert all(not files[(i, 0)]["unreadable"] for i in range(9))
+    with pytest.raises(ValueError, match="no pictures in .*2.tar"):
+        shards.ShardIndex(tmp_path / "2.tar")
+
+
+def test_a_corrupt_picture_is_replaced_and_named(tmp_path):
+    members = [("1.jpg", picture(1)), ("2.jpg", b"\xff\xd8 broken"), ("3.jpg", picture(3))]
+    files = data.Pictures(shards.ShardIndex(write_tar(tmp_path / "a.tar", members)), 16)
+    item = files[(1, 0)]
+    assert item["name"] == f"{tmp_path}/a.tar/3.jpg"
+    assert item["unreadable"] == [f"{tmp_path}/a.tar/2.jpg"]
+
+
+# -- the index file ------------------------------------------------------------------------------
+def test_the_index_is_kept_and_made_anew_when_a_shard_changes(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", samples(0, 3))
+    calls = []
+    real = shards.scan_shard
+    monkeypatch.setattr(shards, "scan_shard", lambda path: calls.append(path) or real(path))
+    assert len(shards.ShardIndex(tmp_path)) == 3 and len(calls) == 1
+    again = shards.ShardIndex(tmp_path)
+    assert len(again) == 3 and len(calls) == 1 and again.read(2) == picture(2)
+    write_tar(tmp_path / "a.tar", samples(0, 5))
+    assert len(shards.ShardIndex(tmp_path)) == 5 and len(calls) == 2
+    for file in tmp_path.glob(".pictures-*.npz"):
+        file.write_bytes(b"damaged")
+    assert len(shards.ShardIndex(tmp_path)) == 5 and len(calls) == 3
+
+
+def test_a_folder_that_cannot_be_written_still_works(tmp_path, monkeypatch):
+    write_tar(tmp_path / "data" / "a.tar", samples(0, 3))
+    refuse = np.savez
+
+    def savez(path, **arrays):
+        if Path(path).parent == tmp_path / "data":
+            raise PermissionError(path)
+        refuse(path, **arrays)
+
+    monkeypatch.setattr(np, "savez", savez)
+    monkeypatch.setattr(shards, "temporary_folder", lambda: tmp_path)
+    assert len(shards.ShardIndex(tmp_path / "data")) == 3
+    assert len(list(tmp_path.glob(".pictures-*.npz"))) == 1
+    assert not list((tmp_path / "data").glob(".pictures*"))
+
+
+def test_scanning_in_processes_gives_the_same(tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / f"{i}.tar", samples(10 * i, 2 + i))
+    one = shards.ShardIndex(tmp_path, cache=tmp_path / "missing" / "folder")
+    two = shards.ShardIndex(tmp_path, cache=tmp_path / "missing" / "folder", workers=2)
+    for name in ("shard", "offset", "size"):
+        assert np.array_equal(getattr(one, name), getattr(two, name))
+
+
+def test_one_hundred_thousand_samples(tmp_path):
+    """Headers only matter, so bodies are tiny. The time limits are wide: they catch the quadratic,
+    not the slow machine."""
+    header = tarfile.TarInfo("x").tobuf()
+    for shard in range(10):
+        with open(tmp_path / f"{shard}.tar", "wb") as file:
+            for i in range(10_000):
+                for kind in ("jpg", "json", "txt"):
+                    info = tarfile.TarInfo(f"{shard * 10_000 + i:09d}.{kind}")
+                    info.size = 1
+                    file.write(info.tobuf() + b"x".ljust(len(header), b"\0"))
+            file.write(bytes(1024))
+    start = time.time()
+    assert len(shards.ShardIndex(tmp_path)) == 100_000
+    built = time.time() - start
+    tracemalloc.start()
+    start = time.time()
+    index = shards.ShardIndex(tmp_path)
+    reopened = time.time() - start
+    memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(f"built {built:.1f} s, reopened {reopened:.3f} s, {memory / 1e6:.1f} MB at the peak")
+    assert built < 90 and reopened < 1 and memory < 20e6
+    assert index.read(99_999) == b"x" and index.name(99_999).endswith("9.tar/000099999.jpg")
+
+
+# -- real shards ---------------------------------------------------------------------------------
+@pytest.mark.skipif(not REAL.is_dir(), reason="the photographs in ../shared/data are not here")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_real_shards_once_per_epoch(tmp_path, ranks, workers):
+    """83 samples, global batch 8: every one exactly once per epoch, whoever reads, in an order that
+    is a function of seed and epoch; resuming sees exactly the rest."""
+    index = shards.ShardIndex(REAL, cache=tmp_path)
+    expected = []
+    for shard in REAL.glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            expected += [f"{shard}/{name}" for name in tar.getnames() if name.endswith(".jpg")]
+    expected.sort()
+    assert len(index) == len(expected) == 83
+    files = data.Pictures(index, 32, seed=4)
+
+    def read(seed, steps, start=0):
+        """(position, name) of the global batches, all ranks together."""
+        found = []
+        for rank in range(ranks):
+            sampler = data.MicroBatches(83, 8, 2, rank, ranks, seed, start)
+            stream = data.batches(files, sampler, workers)
+            for batch in itertools.islice(stream, steps * sampler.accumulation):
+                assert not any(batch["unreadable"])
+                found += zip(batch["position"], batch["name"], strict=True)
+        return sorted(found)
+
+    straight = read(seed=1, steps=21)  # 168 positions: two epochs and two
+    names = [name for _, name in straight]
+    assert [p for p, _ in straight] == list(range(168))
+    assert sorted(names[:83]) == sorted(names[83:166]) == expected
+    assert names[:83] != names[83:166], "the second epoch has an order of its own"
+    assert read(seed=1, steps=14, start=7) == straight[56:]
+    order = np.random.default_rng([1, 0]).permutation(83)
+    assert names[:83] == [index.name(i) for i in order], "nothing but seed and epoch decides"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the photographs in ../shared/data are not here")
+def test_real_letterboxes_are_found(tmp_path):
+    index = shards.ShardIndex(REAL, cache=tmp_path)
+    for i in range(len(index)):
+        image = data.load_rgb(io.BytesIO(index.read(i)))
+        cropped = data.crop_white_bars(image)
+        with tarfile.open(index.shards[index.shard[i]]) as tar:
+            member = index.name(i).rpartition("/")[2].replace(".jpg", ".json")
+            about = json.load(tar.extractfile(member))
+        scale = 256 / max(about["original_width"], about["original_height"])
+        for got, key in zip(cropped.size, ("original_width", "original_height"), strict=True):
+            assert abs(got - about[key] * scale) <= 6, index.name(i)
+    assert os.listdir(tmp_path), "the index was kept where it may be written"
