@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from autoencoders import load_vae, load_vqgan
-from backbones import load_clip
+from autoencoders import VAE, VQGAN, VQGANConfig, load_vae, load_vqgan
+from backbones import ClipInfo, load_clip
 from data import FileList, FrozenCache, Pictures, find_images
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
+from flux import load_flux
 from genhancer import GenHancer
 from paradigms import Continuous, Discrete
 from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
@@ -37,7 +38,10 @@ def seed_of(*numbers: int) -> int:
 
 
 def build_model(settings: Settings, place: Place) -> tuple[torch.nn.Module, GenHancer]:
-    """CLIP and the module around it. Initialised alike on every rank: same seed, same order."""
+    """CLIP and the module around it. Initialised alike on every rank: same seed, same order.
+
+    The text tower is needed only when the result is written, and stays on the CPU.
+    """
     continuous = settings.denoiser == "flow"
     if continuous and not settings.vae:
         raise ValueError(
@@ -50,75 +54,94 @@ def build_model(settings: Settings, place: Place) -> tuple[torch.nn.Module, GenH
             "safetensors or as the published ckpt"
         )
     clip, info = load_clip(settings.clip)
-    build = continuous_paradigm if continuous else discrete_paradigm
-    model = GenHancer(
-        clip,
-        info,
-        build(settings, info.image_size),
-        local_ratio=settings.local_ratio,
-        drift_weight=settings.drift_weight,
+    tokenizer = load_vae(settings.vae) if continuous else load_vqgan(settings.vqgan)
+    # Whatever loading drew from the global generator, the denoiser starts from this seed.
+    torch.manual_seed(seed_of(settings.seed, 1))
+    if settings.flux:
+        denoiser = load_flux(settings.flux, torch.bfloat16 if place.autocast else torch.float32)
+    elif continuous:
+        denoiser = FlowDenoiser(flow_config(settings, tokenizer.config.latent_channels))
+    else:
+        denoiser = PerceiverDenoiser(perceiver_config(settings, info.image_size, tokenizer.config))
+    return clip, join(settings, clip, info, tokenizer, denoiser).to(place.device)
+
+
+def join(
+    settings: Settings, clip: torch.nn.Module, info: ClipInfo, tokenizer: VAE | VQGAN, denoiser
+) -> GenHancer:
+    """The loaded parts as one module."""
+    if settings.denoiser == "flow":  # FLUX's VAE and a small FLUX-like transformer (Fig. 3 b)
+        paradigm = Continuous(
+            tokenizer,
+            denoiser,
+            info.image_size,
+            time_distribution=settings.time_distribution,
+            time_scale=settings.time_scale,
+            sample_posterior=settings.posterior,
+            fp32=settings.vae_fp32,
+            denoiser_learns=not settings.flux,
+        )
+    else:  # a VQ-GAN and a small Perceiver (Fig. 3 c)
+        paradigm = Discrete(
+            tokenizer,
+            denoiser,
+            info.image_size,
+            mask_from=settings.mask_from,
+            mask_to=settings.mask_to,
+            fp32=settings.vae_fp32,
+        )
+    return GenHancer(
+        clip, info, paradigm, local_ratio=settings.local_ratio, drift_weight=settings.drift_weight
     )
-    return clip.to(place.device), model.to(place.device)
 
 
-def continuous_paradigm(settings: Settings, image_size: int) -> Continuous:
-    """FLUX's VAE and a small FLUX-like transformer (Fig. 3 b)."""
+def flow_config(settings: Settings, latent_channels: int) -> FlowDenoiserConfig:
+    """The shape of the continuous denoiser that these settings ask for."""
     try:
         axes = tuple(int(a) for a in settings.rope_axes.split(","))
     except ValueError:
         raise ValueError(
             f"--rope_axes {settings.rope_axes!r}: expected three numbers like 16,56,56"
         ) from None
-    vae = load_vae(settings.vae)
-    # Whatever loading drew from the global generator, the denoiser starts from this seed.
-    torch.manual_seed(seed_of(settings.seed, 1))
-    denoiser = FlowDenoiser(
-        FlowDenoiserConfig(
-            latent_channels=vae.config.latent_channels,
-            width=settings.width,
-            heads=settings.heads,
-            axes=axes,
-            double_blocks=settings.blocks,
-            single_blocks=2 * settings.blocks,
-            vector_dim=settings.vector_dim,
-            context_dim=settings.context_dim,
-            guidance=settings.guidance,
-            initialisation=settings.initialisation,
-        )
-    )
-    return Continuous(
-        vae,
-        denoiser,
-        image_size,
-        time_distribution=settings.time_distribution,
-        time_scale=settings.time_scale,
-        sample_posterior=settings.posterior,
-        fp32=settings.vae_fp32,
+    return FlowDenoiserConfig(
+        latent_channels=latent_channels,
+        width=settings.width,
+        heads=settings.heads,
+        axes=axes,
+        double_blocks=settings.blocks,
+        single_blocks=2 * settings.blocks,
+        vector_dim=settings.vector_dim,
+        context_dim=settings.context_dim,
+        guidance=settings.guidance,
+        initialisation=settings.initialisation,
     )
 
 
-def discrete_paradigm(settings: Settings, image_size: int) -> Discrete:
-    """A VQ-GAN and a small Perceiver (Fig. 3 c)."""
-    vqgan = load_vqgan(settings.vqgan)
-    torch.manual_seed(seed_of(settings.seed, 1))
-    denoiser = PerceiverDenoiser(
-        PerceiverDenoiserConfig(
-            codes=vqgan.config.codes,
-            code_width=vqgan.config.code_width,
-            side=image_size // vqgan.config.downsampling,
-            width=settings.width,
-            heads=settings.heads,
-            layers=settings.layers,
-            learnt_latents=settings.learnt_latents,
-        )
+def perceiver_config(
+    settings: Settings, image_size: int, vqgan: VQGANConfig
+) -> PerceiverDenoiserConfig:
+    """The shape of the discrete denoiser that these settings ask for."""
+    return PerceiverDenoiserConfig(
+        codes=vqgan.codes,
+        code_width=vqgan.code_width,
+        side=image_size // vqgan.downsampling,
+        width=settings.width,
+        heads=settings.heads,
+        layers=settings.layers,
+        learnt_latents=settings.learnt_latents,
     )
-    return Discrete(
-        vqgan,
-        denoiser,
-        image_size,
-        mask_from=settings.mask_from,
-        mask_to=settings.mask_to,
-        fp32=settings.vae_fp32,
+
+
+def start_stage2(model: GenHancer, settings: Settings) -> None:
+    """Who learns in stage 2, and how."""
+    model.start_stage2(
+        "all" if settings.end_to_end else settings.stage2_trains,
+        settings.tuning,
+        settings.lora_rank,
+        settings.lora_alpha,
+        settings.lora_dropout,
+        settings.lora_bias,
+        settings.lora_pool,
     )
 
 

@@ -401,6 +401,20 @@ def load_vqgan(path: str | Path, config: VQGANConfig = TAMING_VQGAN) -> VQGAN:
     return _fit(VQGAN, config, state, path)
 
 
+def published_config(path: str | Path, config: AutoencoderConfig) -> AutoencoderConfig:
+    """The configuration a weights file will have, from its header alone; `config` where the file is
+    absent or published (a VQ-GAN's K is then read off the shape of its codebook)."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return config
+    with safe_open(path, "pt") as file:
+        if text := (file.metadata() or {}).get("autoencoder"):
+            return config_from_text(text, type(config), path)
+        if isinstance(config, VQGANConfig) and "quantize.embedding.weight" in file.keys():  # noqa: SIM118
+            codes = file.get_slice("quantize.embedding.weight").get_shape()[0]
+            return replace(config, codes=codes)
+    return config
+
+
 def _read(what: str, path: str | Path, hint: str) -> tuple[dict[str, Tensor], str]:
     """Tensors of a file, and the configuration in its header ("" if there is none)."""
     path = Path(path)

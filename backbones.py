@@ -9,13 +9,18 @@ Letters: B images, H W height and width, d width of the global token, P patch to
 This module imports nothing of this project: copy it freely.
 """
 
+import difflib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin"}
 
 
 @dataclass(frozen=True)
@@ -49,74 +54,153 @@ class ClipInfo:
 
 
 def load_clip(model: str) -> tuple[nn.Module, ClipInfo]:
-    """A CLIP on the CPU, in eval mode, by one of three spellings.
+    """A CLIP on the CPU, in float32 and eval mode, by one of four spellings.
 
     * ``FOLDER`` with open_clip_config.json and open_clip_model.safetensors (an enhanced model);
     * ``FILE.safetensors`` with FILE.json, an open_clip config, beside it (the toy weights);
-    * ``NAME:TAG``, open_clip's own, e.g. ``ViT-L-14-quickgelu:openai``; TAG may be a weights file.
+    * ``NAME:TAG``, open_clip's own, e.g. ``ViT-L-14-quickgelu:openai``;
+    * ``NAME:FILE``, that architecture with weights from a safetensors or torch file.
 
     Raises: FileNotFoundError, or ValueError saying which part of `model` is not known or not sound.
     """
-    path = Path(model)
-    if path.is_dir() or path.suffix == ".safetensors":
+    info, weights = describe_clip(model)
+    if weights is not None:
+        clip = build_clip(info)
+        _fill(clip, _read(model, weights), f"CLIP {model}: {weights.name}")
+        return clip.eval(), info
+    name, _, tag = model.partition(":")
+    try:
+        clip = open_clip.create_model(name, pretrained=tag, weights_only=True)
+    except Exception as error:  # open_clip raises many kinds: no network, broken download, …
+        raise ValueError(
+            f"CLIP {model!r}: open_clip could not load it ({str(error).splitlines()[0]})"
+        ) from None
+    return clip.eval(), info
+
+
+def describe_clip(model: str) -> tuple[ClipInfo, Path | None]:
+    """What a model will be, before any weights are read, and the file that holds them (None:
+    open_clip downloads it). Spellings and errors are those of `load_clip`."""
+    path, (name, _, tag) = Path(model), model.partition(":")
+    named = name in open_clip.list_models()
+    if not named and (path.is_dir() or path.suffix == ".safetensors"):
         weights = path / "open_clip_model.safetensors" if path.is_dir() else path
         config = path / "open_clip_config.json" if path.is_dir() else path.with_suffix(".json")
+        if path.is_dir() and not config.is_file() and (path / "config.json").is_file():
+            raise ValueError(
+                f"CLIP {model} is in transformers' layout: convert it with "
+                f"`python export_hf.py --model {model} --out FOLDER`"
+            )
         for file in (weights, config):
             if not file.is_file():
                 raise FileNotFoundError(
                     f"CLIP {model}: {file} is missing; weights need their architecture beside "
-                    "them (a folder with open_clip_config.json, or FILE.json)"
+                    "them (a folder with open_clip_config.json, or FILE.json, or NAME:FILE)"
                 )
-        return _clip_from_files(model, weights, config)
-    name, _, tag = model.partition(":")
-    if name not in open_clip.list_models():
+        return _read_config(model, config), weights
+    if not named:
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
         raise ValueError(
             f"CLIP {model!r}: not a folder, not a .safetensors file, and {name!r} is not an "
-            "open_clip "
-            "model name; try ViT-L-14-quickgelu:openai"
+            f"open_clip model name; {f'did you mean {near[0]}' if near else 'try ViT-B-32:openai'}?"
         )
     if not tag:
         raise ValueError(f"CLIP {model!r}: add the weights, as in {name}:openai or {name}:FILE")
-    try:
-        clip = open_clip.create_model(name, pretrained=tag, weights_only=True)
-    except (
-        Exception
-    ) as error:  # open_clip raises many kinds: no network, no such tag, wrong tensors
-        raise ValueError(
-            f"CLIP {model!r}: open_clip could not load it ({str(error).splitlines()[0]})"
-        ) from None
-    preprocess = open_clip.get_model_preprocess_cfg(clip)
+    model_cfg, file = open_clip.get_model_config(name), Path(tag)
+    quick = model_cfg.get("quick_gelu", False)
+    if file.suffix in WEIGHT_FILES or file.is_file():
+        if not file.is_file():
+            raise FileNotFoundError(f"CLIP {model!r}: no weights file {file}")
+        # Nothing in the file can tell. OpenAI's, MetaCLIP's and DFN's are QuickGELU.
+        if "timm_model_name" not in model_cfg["vision_cfg"]:
+            print(
+                f"CLIP {model}: built with {'QuickGELU' if quick else 'GELU'}, as {name} says; a "
+                "weights file cannot tell which it was trained with",
+                file=sys.stderr,
+            )
+        known, weights = {}, file
+    else:
+        known, weights = open_clip.get_pretrained_cfg(name, tag), None
+        if not known:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise ValueError(f"CLIP {model!r}: open_clip has no weights {tag!r} of it, only {tags}")
+        if known.get("quick_gelu", False) != quick:
+            trained = "QuickGELU" if known.get("quick_gelu") else "GELU"
+            other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
+            raise ValueError(
+                f"CLIP {model!r}: {tag}'s weights were trained with {trained}, and {name} builds "
+                f"the other activation; use {other}:{tag}"
+            )
+    siglip = "siglip" in str(model_cfg["vision_cfg"].get("timm_model_name", ""))
     info = ClipInfo(
         name,
-        open_clip.get_model_config(name),
-        tuple(preprocess["mean"]),
-        tuple(preprocess["std"]),
-        preprocess["resize_mode"],
+        model_cfg,
+        tuple(known.get("mean") or ((0.5,) * 3 if siglip else open_clip.OPENAI_DATASET_MEAN)),
+        tuple(known.get("std") or ((0.5,) * 3 if siglip else open_clip.OPENAI_DATASET_STD)),
+        known.get("resize_mode") or ("squash" if siglip else "shortest"),
     )
-    return clip.eval(), info
+    return info, weights
 
 
-def _clip_from_files(model: str, weights: Path, config: Path) -> tuple[nn.Module, ClipInfo]:
+def build_clip(info: ClipInfo) -> nn.Module:
+    """The architecture with whatever weights its modules start from."""
+    build = open_clip.CustomTextCLIP if info.model_cfg.get("custom_text") else open_clip.CLIP
+    return build(**{k: v for k, v in info.model_cfg.items() if k != "custom_text"})
+
+
+def _read_config(model: str, file: Path) -> ClipInfo:
     try:
-        text = json.loads(config.read_text())
-        cfg, preprocess = text["model_cfg"], text["preprocess_cfg"]
+        text = json.loads(file.read_text())
+        preprocess = text["preprocess_cfg"]
         info = ClipInfo(
             model,
-            cfg,
+            text["model_cfg"],
             tuple(preprocess["mean"]),
             tuple(preprocess["std"]),
             preprocess.get("resize_mode", "shortest"),
         )
-        build = open_clip.CustomTextCLIP if cfg.get("custom_text") else open_clip.CLIP
-        clip = build(**{k: v for k, v in cfg.items() if k != "custom_text"})
-        clip.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
-    except Exception as error:  # bad JSON, missing key, cut file, tensors of another architecture
-        first = " ".join(str(error).split())[:200]
+        with torch.device("meta"):
+            build_clip(info)
+        return info
+    except Exception as error:  # bad JSON, a missing key, an unknown layer
         raise ValueError(
-            f"CLIP {model}: {weights.name} and {config.name} do not make a model "
-            f"({type(error).__name__}: {first})"
+            f"CLIP {model}: {file.name} describes no model ({_first_line(error)})"
         ) from None
-    return clip.eval(), info
+
+
+def _read(model: str, file: Path) -> dict[str, Tensor]:
+    """Tensors of a weights file. Torch files are unpickled with weights_only."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # both libraries raise many kinds
+        raise ValueError(
+            f"CLIP {model}: {file} cannot be read as tensors alone ({_first_line(error)}); of "
+            "OpenAI's own archives take the tag instead, as in ViT-L-14-quickgelu:openai"
+        ) from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    # DistributedDataParallel's prefix, as training scripts leave it.
+    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def _fill(clip: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Copy a file's tensors into `clip`, strictly."""
+    expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
+    state = {k: v for k, v in state.items() if k in expected or not k.endswith("position_ids")}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != found:
+        first = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
+        raise ValueError(
+            f"{what} holds {len(found)} tensors, this architecture {len(expected)}; first "
+            f"mismatch {first}: expected {expected.get(first, 'nothing')}, found "
+            f"{found.get(first, 'nothing')}"
+        )
+    clip.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def encode_visual(

@@ -197,7 +197,7 @@ def find_tokenizer(info: ClipInfo):
         return toy
     if name := text.get("hf_tokenizer_name"):
         try:
-            return open_clip.HFTokenizer(
+            return open_clip.tokenizer.HFTokenizer(
                 name,
                 context_length=text.get("context_length", 77),
                 **text.get("tokenizer_kwargs", {}),

@@ -111,12 +111,14 @@ class GenHancer(nn.Module):
         alpha: float = 16.0,
         dropout: float = 0.1,
         bias: str = "lora_only",
+        pool: bool = False,
     ) -> None:
         """Plug LoRA into v_θ and train it (Alg. 1, lines 10 and 16).
 
         Args:
             trains: "only" freezes φ and ω, "all" trains them along (Fig. S4).
             tuning: "lora", or "direct" for Fig. S2's full fine-tuning of the image tower.
+            pool: adapters on the MLP of SigLIP's attention pool as well.
         """
         if trains not in ("only", "all"):
             raise ValueError(f"stage 2 trains {trains!r}: expected 'only' or 'all'")
@@ -125,7 +127,8 @@ class GenHancer(nn.Module):
         self.requires_grad_(False)
         self.original = copy.deepcopy(self.visual).eval()  # v_θ0 of Eq. (5), the yardstick of drift
         if tuning == "lora":
-            inject_lora(self.visual, rank, alpha, dropout, bias)  # Alg. 1, line 10
+            skip = ("attn_pool.q", "attn_pool.kv", "attn_pool.proj") if pool else ("attn_pool",)
+            inject_lora(self.visual, rank, alpha, dropout, bias, skip)  # Alg. 1, line 10
         else:
             self.visual.requires_grad_(True)
         if trains == "all":
@@ -133,7 +136,7 @@ class GenHancer(nn.Module):
 
     def _train_condition_and_denoiser(self) -> None:
         for module in (
-            self.paradigm.denoiser,
+            self.paradigm.denoiser if self.paradigm.denoiser_learns else None,
             self.project_vector,
             self.project_context,
             self.project_local,

@@ -236,7 +236,7 @@ def inject_lora(
     alpha: float = 16.0,
     dropout: float = 0.1,
     bias: str = "lora_only",
-    skip: str = "attn_pool",
+    skip: tuple[str, ...] = ("attn_pool",),
 ) -> list[str]:
     """Freeze `tower` and put adapters on all its attentions, Linears and its ``proj`` Parameter.
 
@@ -245,8 +245,10 @@ def inject_lora(
     Args:
         bias: "lora_only" also trains the biases of wrapped layers (the official setting),
             "none" does not.
-        skip: modules whose dotted name contains this keep their plain layers. SigLIP's attention
-            pool is left out: the published 8.70 M parameters are those of the blocks alone.
+        skip: modules whose dotted name contains one of these keep their plain layers. SigLIP's
+            attention pool is left out: 8.70 M parameters (r = 16) are those of the blocks alone.
+            With the pool's MLP, which peft's rule of thumb ("all fc1 and fc2") would catch, it is
+            8.87 M.
     Returns: names of the wrapped layers.
     Raises: ValueError for a bad rank, bias policy, a tower already adapted, or nothing to adapt.
     """
@@ -267,7 +269,7 @@ def inject_lora(
     return names
 
 
-def _wrap(parent: nn.Module, prefix: str, skip: str, settings: tuple) -> Iterator[str]:
+def _wrap(parent: nn.Module, prefix: str, skip: tuple[str, ...], settings: tuple) -> Iterator[str]:
     """Replace adaptable children of `parent`, recursively; yields their names."""
     if isinstance(getattr(parent, "proj", None), nn.Parameter):
         parameter = parent.proj
@@ -276,7 +278,7 @@ def _wrap(parent: nn.Module, prefix: str, skip: str, settings: tuple) -> Iterato
         yield prefix + "proj"
     for name, child in list(parent.named_children()):
         full = prefix + name
-        if isinstance(child, LoRAWrapper) or (skip and skip in full):
+        if isinstance(child, LoRAWrapper) or any(part in full for part in skip):
             continue
         if isinstance(child, nn.MultiheadAttention):
             setattr(parent, name, LoRAAttention(child, *settings).train(child.training))

@@ -16,7 +16,6 @@ Letters: B images, H W height and width; C h w latent channels, height and width
 VQ-GAN, M of them masked, K codes; T condition tokens.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -43,14 +42,18 @@ class Paradigm(nn.Module):
         bf16, and a VQ-GAN's rounding to codes would be another one.
     """
 
+    # A pretrained denoiser stays as it is; only the projectors then learn in stage 1.
+    denoiser_learns = True
+
     def __init__(self, tokenizer: VAE | VQGAN, denoiser: nn.Module, fp32: bool):
         super().__init__()
         self.tokenizer, self.denoiser, self.fp32 = tokenizer, denoiser, fp32
 
     def tokenize(self, encode: Callable, images: Tensor):
         """`encode` of images in [0, 1], which it gets in [-1, 1]."""
-        precise = torch.autocast(images.device.type, enabled=False)
-        with precise if self.fp32 else contextlib.nullcontext():
+        if not self.fp32:
+            return encode(images * 2 - 1)
+        with torch.autocast(images.device.type, enabled=False):
             return encode(images * 2 - 1)
 
     def architecture(self) -> dict:
@@ -77,6 +80,7 @@ class Continuous(Paradigm):
         image_size: H = W.
         time_distribution, time_scale: how t is drawn (Eq. 6, Tab. 4).
         sample_posterior: draw latents from the posterior (as the official code) or take its mean.
+        denoiser_learns: False for pretrained FLUX weights.
     Raises: ValueError where the parts do not fit together.
     """
 
@@ -92,8 +96,10 @@ class Continuous(Paradigm):
         time_scale: float = 1.0,
         sample_posterior: bool = True,
         fp32: bool = True,
+        denoiser_learns: bool = True,
     ):
         super().__init__(vae, denoiser, fp32)
+        self.denoiser_learns = denoiser_learns
         if vae.config.latent_channels != denoiser.config.latent_channels:
             raise ValueError(
                 f"the VAE has {vae.config.latent_channels} latent channels, the denoiser expects "
@@ -110,6 +116,7 @@ class Continuous(Paradigm):
         self.sample_posterior = sample_posterior
         side = image_size // vae.config.downsampling
         self.latent_shape = (vae.config.latent_channels, side, side)
+        self.tokens = (side // 2) ** 2  # N: the denoiser sees 2×2 patches of latents
         self.context_dim, self.vector_dim = denoiser.config.context_dim, denoiser.config.vector_dim
 
     def draw(self, generators: list[torch.Generator], shared: torch.Generator) -> dict[str, Tensor]:

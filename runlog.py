@@ -21,7 +21,7 @@ import checkpoints as ckpt
 from genhancer import GenHancer
 from lora import lora_state_dict, merged_state_dict
 from pictures import sample_grid
-from settings import Settings
+from settings import Settings, relevant
 
 # The loss is logged per tenth of t or of the mask ratio: one mean hides that its ends differ.
 BINS = 10
@@ -156,17 +156,33 @@ def write_enhanced(clip, model: GenHancer, settings: Settings, run: Path) -> Non
         for stage, line in sorted(last.items())
     ]
     card = [
+        "---",
+        "library_name: open_clip",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [clip, genhancer]",
+        "---",
         "# CLIP enhanced by GenHancer",
         "",
         f"Base: `{settings.clip}`. The text tower is unchanged. Load with",
-        f"`open_clip.create_model_from_pretrained('local-dir:{folder}')`.",
+        f"`open_clip.create_model_from_pretrained('local-dir:{folder}')`; for transformers, "
+        "`python export_hf.py`.",
         "",
         "| stage | steps | images seen | loss | drift 1 − cos |",
         "|---|---|---|---|---|",
         *rows,
         "",
         "Benchmark figures: `python eval_mmvp.py` writes them beside this folder, in `eval/`.",
-        "The licence of the base weights applies to these weights as well.",
+        "",
+        "Settings that decide the numbers, stage 2 (those of stage 1 are in `config.json`):",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in relevant(settings, 2).items()),
+        "",
+        "Licence: these weights are derived from the base model's and stand under its licence "
+        "(OpenAI's CLIP: MIT; MetaCLIP: CC-BY-NC 4.0; SigLIP: Apache 2.0; the toy: MIT). The "
+        f"tokenizer ({settings.vae if settings.denoiser == 'flow' else settings.vqgan}) and the "
+        "training images taught them, but none of their content is inside.",
         "",
     ]
     ckpt.write_atomically(folder / "README.md", "\n".join(card))

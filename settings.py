@@ -57,6 +57,11 @@ class Settings:
         "ViT-L-14-quickgelu:openai", "CLIP: NAME:TAG of open_clip, FILE.safetensors or FOLDER"
     )
     vae: str = setting("", "VAE weights, FLUX.1's ae.safetensors for the full size")
+    flux: str = setting(
+        "",
+        "FLUX.1's published transformer as a frozen denoiser (19 + 38 blocks, Tab. 7): stage 1 "
+        "trains the projectors alone",
+    )
     vqgan: str = setting("", "VQ-GAN weights, taming's f16 for the full size (safetensors or ckpt)")
     posterior: bool = setting(
         True, "sample the VAE posterior (official code); --no-posterior takes its mean"
@@ -112,6 +117,10 @@ class Settings:
     lora_bias: str = setting(
         "lora_only", "train the biases of adapted layers, or none", ("lora_only", "none")
     )
+    lora_pool: bool = setting(
+        False,
+        "adapters on the MLP of SigLIP's attention pool too (8.87 M parameters instead of 8.70)",
+    )
     drift_weight: float = setting(
         0.0, "λ of the drift term D(v, v0) = 1 − cos in Eq. (5); 0 is the paper"
     )
@@ -131,6 +140,11 @@ class Settings:
         ("auto", "fp32", "bf16"),
     )
     seed: int = setting(0, "seed of everything")
+    # before the run
+    plan: bool = setting(
+        False, "print parameters, memory and FLOPs of the run instead of starting it"
+    )
+    gpus: int = setting(8, "GPUs that --plan counts with (under torchrun: as many as it starts)")
     # leaving traces. Which checkpoint counts is decided before the run: the last. Picking the best
     # of many on the benchmark would report the luck of the draw.
     log_every: int = setting(50, "steps per line of metrics.jsonl")
@@ -201,7 +215,7 @@ PERCEIVER_TOY = {
 }
 # Settings that only one of the two denoisers knows.
 ONLY = {
-    "flow": "vae posterior blocks rope_axes vector_dim context_dim guidance initialisation "
+    "flow": "vae flux posterior blocks rope_axes vector_dim context_dim guidance initialisation "
     "time_distribution time_scale",
     "perceiver": "vqgan layers learnt_latents mask_from mask_to",
 }
@@ -220,8 +234,8 @@ def preset_of(given: dict) -> dict:
 # changes the rounding of sums and may have to shrink after running out of memory. What `clip`,
 # `vae` and `data` hold is compared by fingerprint and by count.
 FREE = set(
-    "preset stage name runs stage1_from data clip vae vqgan workers micro_batch zero "
-    "log_every sample_every save_every keep".split()
+    "preset stage name runs stage1_from data clip vae vqgan flux workers micro_batch zero plan "
+    "gpus log_every sample_every save_every keep".split()
 )
 
 
@@ -229,7 +243,7 @@ def check(settings: Settings) -> None:
     """Numbers that would otherwise fail late, or silently do nothing. Raises: ValueError."""
     for name in (
         "batch micro_batch stage1_steps stage2_steps log_every sample_every save_every keep "
-        "toy_images blocks layers lora_rank"
+        "toy_images blocks layers lora_rank gpus"
     ).split():
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name} {getattr(settings, name)}: must be at least 1")
@@ -244,6 +258,14 @@ def check(settings: Settings) -> None:
             raise ValueError(
                 f"--{name} is of the {other} denoiser and would do nothing here: drop it, or add "
                 f"--denoiser {other}"
+            )
+
+    for (
+        name
+    ) in "blocks width heads rope_axes vector_dim context_dim guidance initialisation".split():
+        if settings.flux and getattr(settings, name) != getattr(usual, name):
+            raise ValueError(
+                f"--{name} would do nothing beside --flux, whose file decides: drop it"
             )
 
 

@@ -27,15 +27,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints as ckpt
-from assemble import build_data, build_model, seed_of
+from assemble import build_data, build_model, seed_of, start_stage2
 from cli import parse_settings, run_command
 from data import MicroBatches, batches
 from genhancer import GenHancer
+from plan import print_plan
 from runlog import (
     Place,
     Window,
@@ -123,7 +123,11 @@ def make_optimizer(groups: list[dict], settings: Settings, place: Place) -> torc
     moments, each of eight GPUs holds 1.3.
     """
     how = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": settings.weight_decay}
+    how["fused"] = place.device.type == "cuda"  # without a temporary as large as the weights
     if settings.zero and place.ranks > 1:
+        # Here and not above: this import alone takes half a second.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=0.0, **how)
     return torch.optim.AdamW(groups, lr=0.0, **how)
 
@@ -147,6 +151,8 @@ def run_stage(
         "clip": ckpt.fingerprint(model.visual),
         "tokenizer": ckpt.fingerprint(model.paradigm.tokenizer),
     }
+    if not model.paradigm.denoiser_learns:
+        frozen["denoiser"] = ckpt.fingerprint(model.paradigm.denoiser)
     if stage == 1:
         model.start_stage1()
     else:
@@ -156,14 +162,7 @@ def run_stage(
             if module := getattr(model, part):
                 frozen[part] = ckpt.fingerprint(module)
         frozen["denoiser"] = ckpt.fingerprint(model.paradigm.denoiser)
-        model.start_stage2(
-            "all" if settings.end_to_end else settings.stage2_trains,
-            settings.tuning,
-            settings.lora_rank,
-            settings.lora_alpha,
-            settings.lora_dropout,
-            settings.lora_bias,
-        )
+        start_stage2(model, settings)
     model.train()
     groups = parameter_groups(model, settings, stage)
     optimizer = make_optimizer(groups, settings, place)
@@ -202,9 +201,13 @@ def run_stage(
 
     # DDP averages gradients over ranks while backward runs. Frozen parts have none to average, and
     # buffers never change, so neither is sent. (Newer PyTorch warns that the flag was renamed; the
-    # new name sends them once more.)
+    # new name sends them once more.) Gradients live in DDP's own buckets: one copy, not two.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if place.ranks > 1 else model
+    wrapped = (
+        DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if place.ranks > 1
+        else model
+    )
     micro = min(settings.micro_batch, settings.batch // place.ranks) or 1
     sampler = MicroBatches(
         len(dataset),
@@ -302,7 +305,7 @@ def run_stage(
             # The metrics line is written before the checkpoint: a kill between the two leaves a
             # line too many, which the next start removes (`trim_metrics`), never one too few.
             if saving:
-                if isinstance(optimizer, ZeroRedundancyOptimizer):
+                if hasattr(optimizer, "consolidate_state_dict"):  # ZeRO
                     optimizer.consolidate_state_dict(to=0)  # the shares of all ranks
                 if place.chief:
                     traces = {"window": window.sums.tolist(), "unreadable": sorted(bad)}
@@ -396,6 +399,9 @@ def command_line() -> Settings:
 def main(settings: Settings) -> None:
     run = run_directory(settings)
     check(settings)
+    if settings.plan:
+        print_plan(settings, int(os.environ.get("WORLD_SIZE", settings.gpus)))
+        return
     place = set_up(settings)
     try:
         clip, model = build_model(settings, place)

@@ -1,0 +1,318 @@
+"""What a run will need, before the first GPU hour: ``python train.py --plan --preset …``.
+
+Neither weights nor data nor a GPU are needed, and no formula that could be wrong: the very model of
+the run is built from *fake* tensors, which have shape, dtype and device but no memory, and takes
+one training step. Parameters are counted, and autograd is asked what it keeps for the backward
+pass; a counter adds up the floating-point operations of every matrix product.
+
+What is counted: weights, gradients, AdamW's moments, and what the backward pass needs (among it the
+bf16 copies of weights that autocast makes). What is not: short-lived results within an operation,
+the CUDA context and NCCL's buffers (about 1.5 GB together), and what the allocator loses to
+fragmentation. Leave a tenth.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import assemble
+from autoencoders import FLUX_VAE, TAMING_VQGAN, VAE, VQGAN, published_config
+from backbones import build_clip, describe_clip
+from flow_denoiser import FlowDenoiser
+from flux import FLUX_TRANSFORMER
+from genhancer import GenHancer
+from perceiver_denoiser import PerceiverDenoiser
+from settings import Settings
+
+CC3M = 3_000_000  # pictures of CC3M that can still be downloaded, about
+H100 = 989e12  # its dense bf16 peak, FLOP/s
+
+
+@dataclass
+class StagePlan:
+    """Figures of one stage; memory in bytes per GPU."""
+
+    steps: int
+    trainable: int
+    memory: dict[str, int]
+    flops: float
+    """of one image, forward and backward"""
+    checkpoint: int
+    """bytes of one checkpoint on the disk"""
+
+
+@dataclass
+class Plan:
+    settings: Settings
+    ranks: int
+    device: str
+    parameters: dict[str, int]
+    tokens: int
+    patch_tokens: int
+    width: int
+    """of CLIP's global token"""
+    enhanced: int
+    """bytes of the enhanced model"""
+    stages: dict[int, StagePlan] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------
+# A model without memory
+# ------------------------------------------------------------------------------------------------
+def skeleton(settings: Settings, half: bool = False) -> tuple[torch.nn.Module, GenHancer]:
+    """CLIP and GenHancer as `assemble.build_model` would make them, on the meta device.
+
+    Args: half: published FLUX weights are read as bf16, where the device computes in it.
+    Raises: ValueError as the model's parts do.
+    """
+    info, _ = describe_clip(settings.clip)
+    with torch.device("meta"):
+        clip = build_clip(info).eval()
+        if settings.denoiser == "flow":
+            tokenizer = VAE(published_config(settings.vae, FLUX_VAE))
+            config = FLUX_TRANSFORMER
+            if not settings.flux:
+                config = assemble.flow_config(settings, tokenizer.config.latent_channels)
+            denoiser = FlowDenoiser(config)
+        else:
+            tokenizer = VQGAN(published_config(settings.vqgan, TAMING_VQGAN))
+            config = assemble.perceiver_config(settings, info.image_size, tokenizer.config)
+            denoiser = PerceiverDenoiser(config)
+        if settings.flux and half:
+            denoiser = denoiser.to(torch.bfloat16)
+        tokenizer.eval().requires_grad_(False)
+        return clip, assemble.join(settings, clip, info, tokenizer, denoiser)
+
+
+@contextmanager
+def flash_attention():
+    """On a GPU, attention keeps q, k, v and its result, never the matrix of all pairs. A fake GPU
+    cannot say that it has that kernel, so it is called by name."""
+    usual = F.scaled_dot_product_attention
+
+    def flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        result = torch.bfloat16 if torch.is_autocast_enabled("cuda") else q.dtype
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        return kernel(q, k, v, dropout_p, is_causal, False, scale=scale)[0].to(result)
+
+    F.scaled_dot_product_attention = flash
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = usual
+
+
+@contextmanager
+def matrix_attention():
+    """Attention as two products, which the counter counts, and which small CPU runs use."""
+    flash = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(flash[0])
+        torch.backends.mha.set_fastpath_enabled(flash[1])
+
+
+@contextmanager
+def autocast(device: str):
+    """bf16 on the fake GPU. (torch.autocast asks for a real one, and does nothing without.)"""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, device == "cuda")
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+        torch.clear_autocast_cache()
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+# ------------------------------------------------------------------------------------------------
+def saved_for_backward(model: GenHancer, images: torch.Tensor, draws: dict) -> tuple[int, dict]:
+    """Bytes that autograd keeps after a forward pass, beside the model's own tensors; and the
+    result of the pass. Works alike on fake and on real tensors."""
+    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}  # holding the tensors keeps their storages' numbers unique
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = model(images, draws)
+    sizes = [t.untyped_storage().nbytes() for key, t in kept.items() if key not in own]
+    return sum(sizes), result
+
+
+def bytes_of(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def static_memory(model: GenHancer, ranks: int, zero: bool) -> dict[str, int]:
+    """Weights, gradients and moments on one rank (AdamW keeps two numbers a parameter)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    moments = 2 * bytes_of(trainable)
+    return {
+        "frozen weights": bytes_of(frozen),
+        "trainable weights": bytes_of(trainable),
+        "gradients": bytes_of(trainable),
+        "moments of AdamW": math.ceil(moments / ranks) if zero else moments,
+    }
+
+
+def start(model: GenHancer, settings: Settings, stage: int) -> None:
+    """As train.py starts a stage."""
+    if stage == 1:
+        model.start_stage1()
+    else:
+        assemble.start_stage2(model, settings)
+    model.train()
+
+
+def one_batch(model: GenHancer, count: int, device: str) -> tuple[torch.Tensor, dict]:
+    """Images and draws of `count` images; a discrete denoiser gets its mean number of masks."""
+    side, paradigm = model.info.image_size, model.paradigm
+    if hasattr(paradigm, "mask_range"):
+        order = torch.arange(paradigm.tokens).expand(count, -1)
+        masked = round(paradigm.tokens * sum(paradigm.mask_range) / 2)
+        draws = {"order": order, "count": torch.tensor(masked)}
+        if model.local_ratio:
+            draws["local_order"] = torch.arange(model.patch_tokens).expand(count, -1)
+    else:
+        draws = model.draw([torch.Generator() for _ in range(count)], torch.Generator())
+    draws = {k: v if k == "count" else v.to(device) for k, v in draws.items()}
+    return torch.zeros(count, 3, side, side, device=device), draws
+
+
+def fill(model: torch.nn.Module, device: str) -> None:
+    """Within a FakeTensorMode: fake tensors on `device` in the place of meta ones."""
+    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+
+
+def flops_per_image(model: GenHancer) -> float:
+    """Floating-point operations of one image, forward and backward, a product counted as two.
+    `model` is on the meta device, which knows shapes; here they suffice."""
+    precision, model.paradigm.fp32 = model.paradigm.fp32, False  # there is no autocast to leave
+    with matrix_attention(), FlopCounterMode(display=False) as counter:
+        images, draws = one_batch(model, 1, "meta")
+        model(images, draws)["loss"].backward()
+    model.zero_grad()
+    model.paradigm.fp32 = precision
+    return counter.get_total_flops()
+
+
+def make_plan(settings: Settings, ranks: int, device: str) -> Plan:
+    """All figures of a run on `ranks` devices ("cuda" or "cpu").
+
+    Raises: ValueError where the settings do not make a model.
+    """
+    micro = min(settings.micro_batch, settings.batch // ranks) or 1
+    stages = [s for s in (1, 2) if settings.stage in (str(s), "both")]
+    if settings.end_to_end:
+        stages = [2]
+    clip, model = skeleton(settings, half=device == "cuda")
+    text = "text tower (stays on the CPU)"
+    projectors = [model.project_vector, model.project_context, model.project_local]
+    parts = {
+        "image tower": [clip.visual],
+        text: [],
+        "projectors": [p for p in projectors if p is not None],
+        f"denoiser ({settings.denoiser})": [model.paradigm.denoiser],
+        "tokenizer": [model.paradigm.tokenizer],
+    }
+    counts = {k: sum(p.numel() for m in v for p in m.parameters()) for k, v in parts.items()}
+    whole = sum(p.numel() for p in clip.parameters())
+    counts[text] = whole - counts["image tower"]
+    plan = Plan(
+        settings,
+        ranks,
+        device,
+        counts,
+        tokens=model.paradigm.tokens,
+        patch_tokens=model.patch_tokens,
+        width=model.project_context[0].normalized_shape[0],
+        enhanced=4 * whole,
+    )
+    for stage in stages:
+        if len(plan.stages):
+            _, model = skeleton(settings, half=device == "cuda")
+        start(model, settings, stage)
+        memory = static_memory(model, ranks, settings.zero)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        flops = flops_per_image(model)
+        attention = flash_attention if device == "cuda" else matrix_attention
+        with FakeTensorMode(), attention(), autocast(device):
+            fill(model, device)
+            images, draws = one_batch(model, micro, device)
+            memory["kept for the backward pass"], _ = saved_for_backward(model, images, draws)
+        steps = (settings.stage1_steps, settings.stage2_steps)[stage - 1]
+        # A checkpoint: the trained numbers and AdamW's two moments of each, in float32.
+        plan.stages[stage] = StagePlan(steps, trainable, memory, flops, 3 * 4 * trainable)
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------
+# Saying it
+# ------------------------------------------------------------------------------------------------
+def report(plan: Plan) -> str:
+    """The plan as a page of text."""
+    s, gb = plan.settings, 1e9
+    micro = min(s.micro_batch, s.batch // plan.ranks) or 1
+    where = f"{plan.ranks} GPUs, bf16 autocast" if plan.device == "cuda" else "CPU, float32"
+    sharding = ", ZeRO stage 1" if s.zero and plan.ranks > 1 else ""
+    lines = [
+        f"plan of preset {s.preset}: {s.clip}, denoiser {s.denoiser}; {where}{sharding}",
+        f"  image {plan.tokens} tokens for the denoiser, {plan.patch_tokens} patches and a global "
+        f"token of {plan.width} numbers from CLIP",
+        "  parameters",
+    ]
+    lines += [f"    {name:32}{count / 1e6:12.2f} M" for name, count in plan.parameters.items()]
+    for number, stage in plan.stages.items():
+        seen = stage.steps * s.batch
+        total = sum(stage.memory.values())
+        hours = seen * stage.flops / (0.4 * H100 * plan.ranks) / 3600
+        lines += [
+            f"  stage {number}: {stage.trainable / 1e6:.2f} M trainable",
+            f"    {stage.steps:,} steps of {s.batch} images ({plan.ranks} × {micro} × "
+            f"{s.batch // (plan.ranks * micro)} accumulated): {seen:,} images, "
+            f"{seen / CC3M:.1f} epochs of CC3M",
+            f"    {stage.flops / 1e9:,.1f} GFLOP an image"
+            + (
+                f"; {hours:,.1f} hours at 40 % of an H100's peak (arithmetic, not measured)"
+                if plan.device == "cuda"
+                else ""
+            ),
+            f"    a checkpoint {stage.checkpoint / gb:.3f} GB, the newest {s.keep} are kept",
+            "    memory per " + ("GPU" if plan.device == "cuda" else "process"),
+        ]
+        lines += [f"      {name:30}{size / gb:9.3f} GB" for name, size in stage.memory.items()]
+        lines.append(f"      {'together':30}{total / gb:9.3f} GB")
+        if plan.device == "cuda" and plan.ranks > 1:
+            moments, trained = stage.memory["moments of AdamW"], stage.memory["trainable weights"]
+            other = total - moments + 2 * trained / (1 if s.zero else plan.ranks)
+            lines.append(
+                f"      {'without' if s.zero else 'with'} --zero{'':{19 if s.zero else 22}}"
+                f"{other / gb:9.3f} GB"
+            )
+    lines.append(f"  enhanced model {plan.enhanced / gb:.3f} GB")
+    return "\n".join(lines)
+
+
+def print_plan(settings: Settings, ranks: int) -> None:
+    """``--plan``. The toy runs on the CPU, everything else is meant for GPUs."""
+    device = "cpu" if settings.preset == "toy" else "cuda"
+    ranks = ranks if device == "cuda" else 1
+    if settings.batch % ranks:
+        raise ValueError(f"--batch {settings.batch} is no multiple of --gpus {ranks}")
+    print(report(make_plan(settings, ranks, device)))

@@ -1,0 +1,131 @@
+"""plan.py: what it foretells is what a run then needs."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import assemble
+import plan
+from runlog import Place
+from settings import PRESETS, Settings, preset_of
+from train import make_optimizer, parameter_groups
+
+CPU = Place(0, 1, torch.device("cpu"), False)
+
+
+def toy(denoiser="flow", **more):
+    return Settings(**{**preset_of({"denoiser": denoiser}), "denoiser": denoiser, **more})
+
+
+@pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("micro_batch", [4, 16])
+def test_parameters_and_memory_of_a_real_step(denoiser, stage, micro_batch):
+    """Everything within 5 % of what a real step holds: weights, gradients, moments, and what
+    autograd keeps."""
+    settings = toy(denoiser, stage=str(stage), micro_batch=micro_batch, mask_from=0.7, mask_to=0.7)
+    foretold = plan.make_plan(settings, 1, "cpu")
+    with plan.matrix_attention():
+        _, model = assemble.build_model(settings, CPU)
+        plan.start(model, settings, stage)
+        groups = parameter_groups(model, settings, stage)
+        optimizer = make_optimizer(groups, settings, CPU)
+        images, draws = plan.one_batch(model, micro_batch, "cpu")
+        kept, result = plan.saved_for_backward(model, images, draws)
+        result["loss"].backward()
+        optimizer.step()
+    real = {
+        "frozen weights": plan.bytes_of(p for p in model.parameters() if not p.requires_grad),
+        "trainable weights": plan.bytes_of(p for g in groups for p in g["params"]),
+        "gradients": plan.bytes_of(p.grad for g in groups for p in g["params"]),
+        "moments of AdamW": sum(
+            plan.bytes_of(v for v in state.values() if v.ndim) for state in optimizer.state.values()
+        ),
+        "kept for the backward pass": kept,
+    }
+    memory = foretold.stages[stage].memory
+    assert memory.keys() == real.keys()
+    for name, size in real.items():
+        assert memory[name] == pytest.approx(size, rel=0.05), name
+    counts = list(foretold.parameters.values())
+    assert foretold.stages[stage].trainable * 4 == real["trainable weights"]
+    assert counts[3] == sum(p.numel() for p in model.paradigm.denoiser.parameters())
+
+
+def test_checkpoints_are_as_large_as_foretold(tmp_path):
+    import checkpoints as ckpt
+    from train import trained
+
+    settings = toy(stage="1")
+    foretold = plan.make_plan(settings, 1, "cpu")
+    _, model = assemble.build_model(settings, CPU)
+    model.start_stage1()
+    optimizer = make_optimizer(parameter_groups(model, settings, 1), settings, CPU)
+    model.paradigm.denoiser.requires_grad_(True)
+    sum(p.sum() for p in model.parameters() if p.requires_grad).backward()
+    optimizer.step()
+    folder = ckpt.save_checkpoint(tmp_path, 1, trained(model), optimizer.state_dict(), {}, 1)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert foretold.stages[1].checkpoint == pytest.approx(size, rel=0.05)
+
+
+def test_flops_of_a_product_are_two_a_number():
+    """Stage 1's count against the textbook: 6 × parameters × tokens for what learns, plus 2 × for
+    what is frozen and only runs forward."""
+    settings = Settings(**preset_of({"preset": "openai-l14-224"}))
+    figures = plan.make_plan(settings, 8, "cuda")
+    denoiser = figures.parameters["denoiser (flow)"] * (196 + 1) * 6
+    assert 0.6 * denoiser < figures.stages[1].flops < 2.0 * denoiser
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p != "toy"])
+def test_the_command_for_every_preset(preset):
+    start = time.time()
+    command = [sys.executable, str(ROOT / "train.py"), "--plan", "--preset", preset, "--zero"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(f"{preset}: {time.time() - start:.1f} s with the start of PyTorch")
+    assert "25,600,000 images, 8.5 epochs of CC3M" in done.stdout
+    assert "1,280,000 images" in done.stdout and "without --zero" in done.stdout
+    assert not (ROOT / "runs" / preset).exists()
+
+
+def test_the_large_denoiser_fits_24_gb_with_zero_only():
+    settings = Settings(**preset_of({"preset": "openai-l14-224"}), micro_batch=2, zero=True)
+    shared = plan.make_plan(settings, 8, "cuda").stages[1].memory
+    assert sum(shared.values()) < 21e9
+    alone = plan.static_memory  # the same arithmetic, by hand
+    assert alone is not None
+    trainable = shared["trainable weights"]
+    assert shared["moments of AdamW"] == pytest.approx(2 * trainable / 8, rel=1e-6)
+    assert 4 * trainable > 21e9, "weights, gradients and moments alone, without ZeRO"
+
+
+def test_flux_in_the_plan():
+    settings = Settings(
+        **preset_of({"preset": "openai-l14-224"}), flux="flux1-dev.safetensors", micro_batch=2
+    )
+    figures = plan.make_plan(settings, 8, "cuda")
+    assert figures.parameters["denoiser (flow)"] / 1e9 == pytest.approx(11.90, abs=0.01)
+    assert figures.stages[1].trainable < 25e6, "the projectors alone"
+    assert figures.stages[1].memory["frozen weights"] > 23.8e9, "bf16"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--gpus", "7"], "--batch 256 is no multiple of --gpus 7"),
+        (["--gpus", "0"], "--gpus 0: must be at least 1"),
+        (["--clip", "ViT-L-14:openai"], "use ViT-L-14-quickgelu:openai"),
+        (["--width", "100"], "width 100 must be heads"),
+    ],
+)
+def test_mistakes_are_one_line(flags, words):
+    command = [sys.executable, str(ROOT / "train.py"), "--plan", "--preset", "openai-l14-224"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
