@@ -17,6 +17,8 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 
+from tqdm import tqdm
+
 
 def setting(default, help: str, choices: Sequence | None = None):
     """A dataclass field with the help text (and choices) of its flag."""
@@ -107,5 +109,7 @@ def run_command(main: Callable[[], None], saved: Callable[[], str] | None = None
 def _explain(name: str, error: BaseException) -> typing.NoReturn:
     if os.environ.get("GENHANCER_TRACEBACK"):
         raise error
+    for bar in list(getattr(tqdm, "_instances", [])):  # half a progress bar is no place for a line
+        bar.close()
     print(f"{name}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
     sys.exit(2)

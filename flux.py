@@ -26,7 +26,7 @@ FLUX_TRANSFORMER = FlowDenoiserConfig(double_blocks=19, single_blocks=38, flux_t
 
 
 def load_flux(path: str | Path, dtype: torch.dtype = torch.float32) -> FlowDenoiser:
-    """A frozen denoiser in eval mode from FLUX.1's transformer, in its published layout.
+    """Tab. 7's heavy denoiser: FLUX.1's transformer in its published layout, frozen, in eval mode.
 
     Depth, width and guidance are read off the tensors; heads are 128 wide, as in FLUX.1.
 

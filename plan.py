@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import assemble
 from autoencoders import FLUX_VAE, TAMING_VQGAN, VAE, VQGAN, published_config
@@ -42,8 +43,11 @@ class StagePlan:
     memory: dict[str, int]
     flops: float
     """of one image, forward and backward"""
-    checkpoint: int
-    """bytes of one checkpoint on the disk"""
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes on the disk: the trained numbers and AdamW's two moments of each, in float32."""
+        return 3 * 4 * self.trainable
 
 
 @dataclass
@@ -138,9 +142,14 @@ def autocast(device: str):
 # ------------------------------------------------------------------------------------------------
 # Measuring
 # ------------------------------------------------------------------------------------------------
-def saved_for_backward(model: GenHancer, images: torch.Tensor, draws: dict) -> tuple[int, dict]:
+def saved_for_backward(
+    model: GenHancer, images: torch.Tensor, draws: dict, frozen: dict | None = None
+) -> tuple[int, dict]:
     """Bytes that autograd keeps after a forward pass, beside the model's own tensors; and the
-    result of the pass. Works alike on fake and on real tensors."""
+    result of the pass. Works alike on fake and on real tensors.
+
+    Args: frozen: what `model.frozen` gives, where known. Autograd keeps nothing of its making.
+    """
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.Tensor] = {}  # holding the tensors keeps their storages' numbers unique
 
@@ -149,7 +158,7 @@ def saved_for_backward(model: GenHancer, images: torch.Tensor, draws: dict) -> t
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = model(images, draws)
+        result = model(images, draws, frozen)
     sizes = [t.untyped_storage().nbytes() for key, t in kept.items() if key not in own]
     return sum(sizes), result
 
@@ -200,16 +209,36 @@ def fill(model: torch.nn.Module, device: str) -> None:
     model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
 
 
+class Flops(TorchDispatchMode):
+    """Adds up the operations of matrix products, convolutions and attentions as they are called;
+    PyTorch's own counter does the same and also says in which module, for three times the time."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def on_meta(model: GenHancer, run):
+    """`run()` of a model on the meta device, which knows no autocast that could be left."""
+    precision, model.paradigm.fp32 = model.paradigm.fp32, False
+    try:
+        return run()
+    finally:
+        model.paradigm.fp32 = precision
+
+
 def flops_per_image(model: GenHancer) -> float:
     """Floating-point operations of one image, forward and backward, a product counted as two.
     `model` is on the meta device, which knows shapes; here they suffice."""
-    precision, model.paradigm.fp32 = model.paradigm.fp32, False  # there is no autocast to leave
-    with matrix_attention(), FlopCounterMode(display=False) as counter:
-        images, draws = one_batch(model, 1, "meta")
-        model(images, draws)["loss"].backward()
+    images, draws = one_batch(model, 1, "meta")
+    with matrix_attention(), Flops() as counter:
+        on_meta(model, lambda: model(images, draws)["loss"].backward())
     model.zero_grad()
-    model.paradigm.fp32 = precision
-    return counter.get_total_flops()
+    return counter.total
 
 
 def make_plan(settings: Settings, ranks: int, device: str) -> Plan:
@@ -244,21 +273,34 @@ def make_plan(settings: Settings, ranks: int, device: str) -> Plan:
         width=model.project_context[0].normalized_shape[0],
         enhanced=4 * whole,
     )
+    # First what needs shapes alone, on the meta device. Stage 1 comes first: stage 2 changes the
+    # tower.
     for stage in stages:
-        if len(plan.stages):
-            _, model = skeleton(settings, half=device == "cuda")
         start(model, settings, stage)
-        memory = static_memory(model, ranks, settings.zero)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        flops = flops_per_image(model)
-        attention = flash_attention if device == "cuda" else matrix_attention
-        with FakeTensorMode(), attention(), autocast(device):
-            fill(model, device)
-            images, draws = one_batch(model, micro, device)
-            memory["kept for the backward pass"], _ = saved_for_backward(model, images, draws)
-        steps = (settings.stage1_steps, settings.stage2_steps)[stage - 1]
-        # A checkpoint: the trained numbers and AdamW's two moments of each, in float32.
-        plan.stages[stage] = StagePlan(steps, trainable, memory, flops, 3 * 4 * trainable)
+        plan.stages[stage] = StagePlan(
+            (settings.stage1_steps, settings.stage2_steps)[stage - 1],
+            trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            memory=static_memory(model, ranks, settings.zero),
+            flops=flops_per_image(model),
+        )
+    with torch.no_grad(), matrix_attention():
+        images, _ = one_batch(model, micro, "meta")
+        shapes = {
+            k: (v.shape, v.dtype) for k, v in on_meta(model, lambda: model.frozen(images)).items()
+        }
+    # Then what needs dtypes and kernels too, on fake tensors; in the other order, since stage 1
+    # looks at the tower's features only.
+    attention = flash_attention if device == "cuda" else matrix_attention
+    with FakeTensorMode(), attention(), autocast(device):
+        fill(model, device)
+        frozen = {k: torch.zeros(s, dtype=d, device=device) for k, (s, d) in shapes.items()}
+        images, draws = one_batch(model, micro, device)
+        for stage in reversed(stages):
+            if stage == 1:
+                model.start_stage1()
+                model.train()
+            kept, _ = saved_for_backward(model, images, draws, frozen)
+            plan.stages[stage].memory["kept for the backward pass"] = kept
     return plan
 
 

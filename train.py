@@ -20,6 +20,8 @@ import json
 import math
 import os
 import re
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -32,10 +34,9 @@ from tqdm import tqdm
 
 import checkpoints as ckpt
 from assemble import build_data, build_model, seed_of, start_stage2
-from cli import parse_settings, run_command
+from cli import parse_settings, run_command, speaker
 from data import MicroBatches, batches
 from genhancer import GenHancer
-from plan import print_plan
 from runlog import (
     Place,
     Window,
@@ -400,9 +401,13 @@ def main(settings: Settings) -> None:
     run = run_directory(settings)
     check(settings)
     if settings.plan:
+        from plan import print_plan  # for this alone: it brings PyTorch's fake tensors along
+
         print_plan(settings, int(os.environ.get("WORLD_SIZE", settings.gpus)))
         return
     place = set_up(settings)
+    if place.ranks > 1:
+        on_sigterm(settings)
     try:
         clip, model = build_model(settings, place)
         run.mkdir(parents=True, exist_ok=True)
@@ -419,17 +424,32 @@ def main(settings: Settings) -> None:
                 write_enhanced(clip, model, settings, run)
                 print(f"enhanced model: {run / 'enhanced'}")
     except RuntimeError as error:
-        # What the survivors notice when a rank dies. torchrun ends them and names the first that
-        # fell; with --max-restarts it starts all again, from the newest checkpoint.
+        # What the survivors notice when a rank dies, if torchrun does not end them first
+        # (`on_sigterm`). With --max-restarts it starts all again, from the newest checkpoint.
         if not dist.is_initialized() or not LOST_PEER.search(str(error)):
             raise
-        raise ConnectionError(
-            f"another process of this run has died, so this one stops too; {saved(settings)}, and "
-            "torchrun --max-restarts 3 would do that by itself"
-        ) from None
+        raise ConnectionError(farewell(settings)) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def farewell(settings: Settings) -> str:
+    return (
+        "another process of this run has died (or torchrun was told to stop), so this one stops "
+        f"too; {saved(settings)}, and torchrun --max-restarts 3 would do that by itself"
+    )
+
+
+def on_sigterm(settings: Settings) -> None:
+    """SIGTERM is how torchrun ends the survivors. Say so, and go: a rank that cleaned up behind
+    itself would wait for the dead one."""
+
+    def stop(number, frame):
+        print(f"{speaker('train.py')}: {farewell(settings)}", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def saved(settings: Settings) -> str:

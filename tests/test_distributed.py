@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_train import PERCEIVER, TINY, equal, metrics, tensors, train
+from test_train import PERCEIVER, TINY, equal, metrics, tensors
 
 
 def launch(ranks, runs, name, *extra, tiny=TINY, script=ROOT / "train.py", options=()):
@@ -35,7 +34,7 @@ def torchrun(*args, **kwargs):
 # first step. Ranks are forks of one process that has imported everything: PyTorch's start is what
 # takes longest in these tests.
 SPY = f"""
-import json, os, sys
+import json, os, shutil, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import checkpoints, train
@@ -57,7 +56,11 @@ def spy(here, rank):
         torch.save(gradients, f"{{here}}/rank{{rank}}.pt")
     train.batches, torch.nn.utils.clip_grad_norm_, train.run_stage = watched, clipped, ended
     train.main(train.command_line())
-for port, (here, ranks, flags) in enumerate(json.loads(sys.argv[1]), 29500 + os.getpid() % 9000):
+for port, (here, ranks, flags, doomed) in enumerate(
+    json.loads(sys.argv[1]), 29500 + os.getpid() % 9000
+):
+    for folder in doomed:
+        shutil.rmtree(folder)
     children = []
     for rank in range(ranks):
         if child := os.fork():
@@ -73,24 +76,28 @@ for port, (here, ranks, flags) in enumerate(json.loads(sys.argv[1]), 29500 + os.
 
 
 def spied(folder, runs, tiny):
-    """runs: {name: (ranks, more flags)} → {name: [(json, gradients) of each rank]}."""
+    """One run of train.py after the other, all in `folder`.
+
+    Args: runs: {label: (ranks, run name, more flags, folders to delete before)}.
+    Returns: {label: [(json, gradients) of each rank]}.
+    """
     jobs = []
-    for name, (ranks, more) in runs.items():
-        (folder / name).mkdir()
+    for label, (ranks, name, more, doomed) in runs.items():
+        (folder / f"spied {label}").mkdir()
         flags = ["--runs", str(folder), "--name", name, *tiny, *more]
-        jobs.append((str(folder / name), ranks, flags))
+        jobs.append((str(folder / f"spied {label}"), ranks, flags, list(map(str, doomed))))
     command = [sys.executable, "-c", SPY, json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, **ALONE)
     assert done.returncode == 0, done.stderr[-3000:]
     return {
-        name: [
+        label: [
             (
-                json.loads((folder / name / f"rank{rank}.json").read_text()),
-                torch.load(folder / name / f"rank{rank}.pt", weights_only=True),
+                json.loads((folder / f"spied {label}" / f"rank{rank}.json").read_text()),
+                torch.load(folder / f"spied {label}" / f"rank{rank}.pt", weights_only=True),
             )
             for rank in range(ranks)
         ]
-        for name, (ranks, _) in runs.items()
+        for label, (ranks, *_) in runs.items()
     }
 
 
@@ -101,8 +108,8 @@ def test_two_processes_equal_one(tmp_path, denoiser, accumulation):
     """Same images, same noise, same loss at step 1; same weights up to the rounding of sums."""
     tiny = [*denoiser, "--stage1_steps", "5", "--log_every", "1", "--save_every", "5"]
     micro = ["--micro_batch", str(8 // accumulation), "--stage", "1"]
-    torchrun(2, tmp_path, "two", *micro, tiny=tiny)
-    assert train(tmp_path, "one", "--stage", "1", tiny=tiny).returncode == 0
+    runs = {"one": (1, "one", ["--stage", "1"], []), "two": (2, "two", micro, [])}
+    spied(tmp_path, runs, tiny)
     two, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     assert len(two) == len(one) == 5
     assert abs(two[0]["loss"] - one[0]["loss"]) <= 1e-5
@@ -116,8 +123,8 @@ def test_gradients_and_images_of_one_two_and_four_processes(tmp_path, tiny):
     """The global batch is 16 whatever the number of ranks, each image seen by one of them, and the
     averaged gradient is that of one process on the joined batch; with ZeRO as well."""
     tiny = [*tiny, "--batch", "16", "--stage1_steps", "3", "--stage", "1", "--micro_batch", "4"]
-    runs = {"1": (1, []), "2": (2, []), "4": (4, [])}
-    runs |= {"2 zero": (2, ["--zero"]), "4 zero": (4, ["--zero"])}
+    runs = {str(ranks): (ranks, str(ranks), [], []) for ranks in (1, 2, 4)}
+    runs |= {f"{ranks} zero": (ranks, f"{ranks}zero", ["--zero"], []) for ranks in (2, 4)}
     found = spied(tmp_path, runs, tiny)
     [(_, alone)] = found["1"]
     for name, ranks in found.items():
@@ -132,26 +139,38 @@ def test_gradients_and_images_of_one_two_and_four_processes(tmp_path, tiny):
         assert found[ranks][0][0]["hash"] == found[ranks + " zero"][0][0]["hash"], "bit-equal"
 
 
-def test_zero_shares_the_moments_and_resumes_with_any_number_of_ranks(tmp_path):
+def test_zero_goes_on_where_plain_stopped_and_the_other_way_round(tmp_path):
+    """A checkpoint holds the moments of all ranks in AdamW's own layout, however they were shared,
+    and all of these runs end with the same bits."""
+    run, zero = tmp_path / "stopped", ["--zero"]
+    steps = [run / "stage1" / f"step_{step:08d}" for step in (4, 6)]
+    runs = {
+        "straight": (2, "straight", [], []),
+        "with": (2, "stopped", zero, []),
+        "without": (2, "again", [], []),
+    }
     tiny = [*TINY, "--stage", "1", "--micro_batch", "4"]
-    torchrun(2, tmp_path, "straight", tiny=tiny)
-    torchrun(2, tmp_path, "stopped", "--zero", tiny=tiny)
-    run = tmp_path / "stopped"
-    assert equal(tensors(run, 1), tensors(tmp_path / "straight", 1))
-    newest, before = sorted((run / "stage1").iterdir(), reverse=True)[:2]
+    spied(tmp_path, runs, tiny)
+    straight = tmp_path / "straight"
+    assert equal(tensors(run, 1), tensors(straight, 1))
     states = [
-        torch.load(folder / newest.name / "optimizer.pt", weights_only=True)["state"]
-        for folder in (run / "stage1", tmp_path / "straight" / "stage1")
+        torch.load(r / "stage1" / steps[1].name / "optimizer.pt", weights_only=True)["state"]
+        for r in (run, straight)
     ]
-    assert states[0].keys() == states[1].keys(), "the shares of all ranks, in one file"
+    assert states[0].keys() == states[1].keys()
     for key, value in states[0].items():
         assert equal(value, states[1][key])
-    shutil.rmtree(newest)
-    torchrun(2, tmp_path, "stopped", tiny=tiny)  # goes on without --zero
-    assert equal(tensors(run, 1), tensors(tmp_path / "straight", 1))
-    shutil.rmtree(newest)
-    torchrun(2, tmp_path, "stopped", "--zero", tiny=tiny)
-    assert equal(tensors(run, 1), tensors(tmp_path / "straight", 1)) and before.is_dir()
+    again = tmp_path / "again" / "stage1" / steps[1].name
+    spied(
+        tmp_path,
+        {
+            "plain after ZeRO": (2, "stopped", [], [steps[1]]),
+            "ZeRO after plain": (2, "again", zero, [again]),
+        },
+        tiny,
+    )
+    assert equal(tensors(run, 1), tensors(straight, 1)) and steps[0].is_dir()
+    assert equal(tensors(tmp_path / "again", 1), tensors(straight, 1))
 
 
 def test_a_killed_rank_ends_the_run_and_a_restart_finishes_it(tmp_path):
@@ -198,11 +217,13 @@ def test_unreadable_images_are_counted_over_all_ranks(tmp_path):
 
 @pytest.mark.parametrize("tiny", [TINY, PERCEIVER])
 def test_two_processes_resume_bit_equal(tmp_path, tiny):
-    micro = ["--micro_batch", "8"]
-    torchrun(2, tmp_path, "straight", *micro, tiny=tiny)
-    torchrun(2, tmp_path, "stopped", *micro, tiny=tiny)
+    tiny = [*tiny, "--micro_batch", "8"]
     run = tmp_path / "stopped"
-    shutil.rmtree(run / "stage2" / "step_00000004")
-    torchrun(2, tmp_path, "stopped", *micro, tiny=tiny)
+    runs = {
+        "straight": (2, "straight", [], []),
+        "whole": (2, "stopped", [], []),
+        "resumed": (2, "stopped", [], [run / "stage2" / "step_00000004"]),
+    }
+    spied(tmp_path, runs, tiny)
     assert equal(tensors(run, 2), tensors(tmp_path / "straight", 2))
     assert metrics(run) == metrics(tmp_path / "straight")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -91,9 +90,15 @@ def write_folder(folder, model_cfg, preprocess):
     return model
 
 
-def run(*args):
-    command = [sys.executable, str(ROOT / "export_hf.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
+def run(monkeypatch, capsys, *args):
+    """The command, in this process: exit code and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, args)])
+    code = 0
+    try:
+        export_hf.main()
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -261,10 +266,10 @@ def test_the_preprocessor_is_the_same(tmp_path, model_cfg, preprocess):
     assert theirs.shape == mine.shape and (theirs - mine).abs().max() < 0.05
 
 
-def test_the_command_line_and_its_mistakes(tmp_path):
+def test_the_command_line_and_its_mistakes(tmp_path, monkeypatch, capsys):
     write_folder(tmp_path / "in", TINY_CLIP, PREPROCESS)
-    done = run("--model", tmp_path / "in", "--out", tmp_path / "hf")
-    assert done.returncode == 0 and "tensors, CLIPModel" in done.stdout, done.stderr
+    code, said = run(monkeypatch, capsys, "--model", tmp_path / "in", "--out", tmp_path / "hf")
+    assert code == 0 and "tensors, CLIPModel" in said.out
     (tmp_path / "empty").mkdir()
     broken = tmp_path / "broken"
     shutil.copytree(tmp_path / "in", broken)
@@ -286,7 +291,7 @@ def test_the_command_line_and_its_mistakes(tmp_path):
         (other, tmp_path / "x", "first mismatch visual.transformer.resblocks.2"),
         (bert, tmp_path / "x", "no vision_config"),
     ):
-        done = run("--model", source, "--out", target)
-        assert done.returncode == 2 and words in done.stderr, (source, done.stderr)
-        assert len(done.stderr.strip().splitlines()) == 1
+        code, said = run(monkeypatch, capsys, "--model", source, "--out", target)
+        assert code == 2 and words in said.err, (source, said.err)
+        assert len(said.err.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists(), "nothing is left of what failed"

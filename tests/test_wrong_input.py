@@ -25,6 +25,7 @@ FAST = (
     "--stage1_steps 2 --stage2_steps 2 --save_every 1 --runs {runs} "
 )
 FULL = "train.py --preset openai-l14-224 --clip {toy}/clip.safetensors --runs {runs} "
+SMALL = FULL + "--vae {toy}/vae.safetensors --width 32 --heads 2 --rope_axes 4,6,6 "
 
 
 class Evil:
@@ -131,8 +132,8 @@ TABLE = [
     (FAST + "--data '{here}/{{0..2}}.tar'", "no tar shard"),
     (FAST + "--data {here}/garbage", "no pictures in"),
     (FAST + "--data {here}/words.tar", "holds no pictures"),
-    (FULL + "--vae {toy}/vae.safetensors --vector_dim 64", "--data is missing"),
-    (FULL + "--vae {toy}/vae.safetensors --cache", "--data is missing"),
+    (SMALL, "--data is missing"),
+    (SMALL + "--cache", "--data is missing"),
     # weights
     (FULL, "--vae is missing"),
     (FULL + "--denoiser perceiver", "--vqgan is missing"),
