@@ -164,7 +164,7 @@ def test_links_and_pictures_exist():
             assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["toy_seeds", "perceiver", "side_by_side", "condition"])
+@pytest.mark.parametrize("name", ["toy_seeds", "perceiver", "side_by_side", "condition", "plans"])
 def test_result_figures_are_those_of_the_benchmark_files(name):
     """The tables in the README are the committed output of the commands beside them, to the
     letter; of the discrete denoiser's, the one on mentioned subjects is only linked."""

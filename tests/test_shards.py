@@ -182,18 +182,31 @@ def test_one_hundred_thousand_samples(tmp_path):
     assert index.read(99_999) == b"x" and index.name(99_999).endswith("9.tar/000099999.jpg")
 
 
-# -- real shards ---------------------------------------------------------------------------------
-@pytest.mark.skipif(not REAL.is_dir(), reason="the photographs in ../shared/data are not here")
+# -- whole epochs --------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["generated", "real"])
+def some_shards(request, tmp_path_factory):
+    """83 samples in two shards: ours, and the shared ones of img2dataset where they are."""
+    if request.param == "real":
+        if not REAL.is_dir():
+            pytest.skip("the photographs in ../shared/data are not here")
+        return REAL
+    folder = tmp_path_factory.mktemp("generated")
+    write_tar(folder / "00000.tar", reversed(list(samples(0, 63))))
+    write_tar(folder / "00001.tar", samples(100, 20, "png"))
+    return folder
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_real_shards_once_per_epoch(tmp_path, ranks, workers):
-    """83 samples, global batch 8: every one exactly once per epoch, whoever reads, in an order that
-    is a function of seed and epoch; resuming sees exactly the rest."""
-    index = shards.ShardIndex(REAL, cache=tmp_path)
+def test_every_sample_once_per_epoch(tmp_path, some_shards, ranks, workers):
+    """Global batch 8: every sample exactly once per epoch, whoever reads, in an order that is a
+    function of seed and epoch; resuming sees exactly the rest."""
+    index = shards.ShardIndex(some_shards, cache=tmp_path)
     expected = []
-    for shard in REAL.glob("*.tar"):
+    for shard in some_shards.glob("*.tar"):
         with tarfile.open(shard) as tar:
-            expected += [f"{shard}/{name}" for name in tar.getnames() if name.endswith(".jpg")]
+            names = [name for name in tar.getnames() if name.endswith((".jpg", ".png"))]
+        expected += [f"{shard}/{name}" for name in names]
     expected.sort()
     assert len(index) == len(expected) == 83
     files = data.Pictures(index, 32, seed=4)

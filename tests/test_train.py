@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoints as ckpt
 import toyworld
@@ -24,6 +25,7 @@ import train as training
 from autoencoders import load_vqgan
 from backbones import load_clip
 from cli import run_command
+from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
 
 COMMON = shlex.split(
     "--toy_images 48 --width 32 --heads 2 --batch 16 --micro_batch 16 --warmup 2 --stage1_steps 6 "
@@ -289,6 +291,84 @@ def test_real_photographs_both_stages(tmp_path, denoiser):
     assert done.returncode == 0, done.stderr
     lines = [line for line in metrics(tmp_path / "real") if line["stage"] == 1]
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+
+
+def tar_shards(folder, photos):
+    """Two shards of jpg/txt pairs, the second cut off in the middle of its last picture."""
+    folder.mkdir()
+    files = sorted(photos.iterdir())
+    for shard, part in enumerate((files[::2], files[1::2])):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for file in part:
+                tar.add(file, f"{file.stem}.jpg")
+    last = folder / "00001.tar"
+    with tarfile.open(last) as tar:
+        member = tar.getmembers()[-1]
+    last.write_bytes(last.read_bytes()[: member.offset_data + member.size // 2])
+    return folder
+
+
+def test_tar_shards_both_stages_and_a_resume(tmp_path):
+    """Read by worker processes; the cut shard is named, and its whole pictures are used."""
+    folder = tar_shards(tmp_path / "shards", photos(tmp_path / "photos"))
+    flags = ["--data", f"{folder}/{{00000..00001}}.tar", "--no-cache", "--workers", "2"]
+    done = train_here(tmp_path, "straight", *flags, "--crop_white")
+    assert done.returncode == 0 and "00001.tar is cut off" in done.stdout
+    assert read_settings(tmp_path / "straight" / "stage1")["images"] == 11
+    assert train_here(tmp_path, "stopped", *flags, "--crop_white").returncode == 0
+    run = tmp_path / "stopped"
+    shutil.rmtree(run / "stage1" / "step_00000006")
+    shutil.rmtree(run / "stage2")
+    assert train_here(tmp_path, "stopped", *flags, "--crop_white").returncode == 0
+    for stage in (1, 2):
+        assert equal(tensors(run, stage), tensors(tmp_path / "straight", stage))
+    refused = train_here(tmp_path, "stopped", *flags)
+    assert refused.returncode == 2 and "crop_white: True → False" in refused.stderr
+
+
+def read_settings(stage):
+    return ckpt.read_state(ckpt.checkpoints_in(stage)[-1])["settings"]
+
+
+def test_published_flux_as_the_denoiser(tmp_path):
+    """--flux: depth and width from the file, frozen in both stages; stage 1 trains the projectors
+    alone, and a resume refuses another file."""
+    config = FlowDenoiserConfig(
+        latent_channels=32, width=256, heads=2, double_blocks=1, single_blocks=2, vector_dim=12,
+        context_dim=20, flux_time=True,
+    )  # fmt: skip
+    for name in ("a", "b"):
+        save_file(FlowDenoiser(config).state_dict(), tmp_path / f"{name}.safetensors")
+    flags = [*COMMON, "--flux", str(tmp_path / "a.safetensors")]
+    del flags[flags.index("--width") : flags.index("--width") + 4]  # and --heads: the file decides
+    done = train_here(tmp_path, "flux", tiny=flags)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "flux"
+    parts = {n.split(".")[0] for n in tensors(run, 1)}
+    assert parts == {"project_vector", "project_context"}
+    assert (run / "enhanced" / "open_clip_model.safetensors").is_file()
+    losses = [line["loss"] for line in metrics(run)]
+    assert all(math.isfinite(loss) for loss in losses)
+    flags[-1] = str(tmp_path / "b.safetensors")
+    again = train_here(tmp_path, "flux", tiny=flags)
+    assert again.returncode == 2 and "frozen.denoiser" in again.stderr.replace("(", "frozen.")
+
+
+def test_the_enhanced_model_leaves_for_transformers(straight, tmp_path):
+    """A run's result, exported: transformers' CLIP gives the same features."""
+    transformers = pytest.importorskip("transformers")
+    import export_hf
+
+    export_hf.export(straight / "enhanced", tmp_path / "hf")
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
+    clip, _ = load_clip(str(straight / "enhanced"))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        mine = clip.encode_image(images)
+        features = theirs.visual_projection(theirs.vision_model(images).pooler_output)
+    assert torch.allclose(features, mine, atol=1e-4)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "licence" in card and "| lora_rank | 4 |" in card and "drift" in card
 
 
 # -- the discrete denoiser: what is its own; the loop itself is the same ---------------------------
