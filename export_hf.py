@@ -92,22 +92,23 @@ def both(a: str, b: str) -> list[Rule]:
     return [same(f"{a}.{kind}", f"{b}.{kind}") for kind in ("weight", "bias")]
 
 
-def open_clip_block(a: str, b: str) -> list[Rule]:
-    """A residual block of open_clip's own transformer."""
-    rules = both(f"{a}.ln_1", f"{b}.layer_norm1") + both(f"{a}.ln_2", f"{b}.layer_norm2")
-    for kind in ("weight", "bias"):
-        rules.append(split_qkv(f"{a}.attn.in_proj_{kind}", f"{b}.self_attn", kind))
-    rules += both(f"{a}.attn.out_proj", f"{b}.self_attn.out_proj")
-    return rules + both(f"{a}.mlp.c_fc", f"{b}.mlp.fc1") + both(f"{a}.mlp.c_proj", f"{b}.mlp.fc2")
+# What the parts of a residual block are called: two norms, packed qkv, output, two MLP layers.
+OPEN_CLIP_BLOCK = ("ln_1", "ln_2", "attn.in_proj_{}", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
+TIMM_BLOCK = ("norm1", "norm2", "attn.qkv.{}", "attn.proj", "mlp.fc1", "mlp.fc2")
+HF_BLOCK = ("layer_norm1", "layer_norm2", "self_attn", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 
-def timm_block(a: str, b: str) -> list[Rule]:
-    """A residual block of timm's vision transformer."""
-    rules = both(f"{a}.norm1", f"{b}.layer_norm1") + both(f"{a}.norm2", f"{b}.layer_norm2")
-    for kind in ("weight", "bias"):
-        rules.append(split_qkv(f"{a}.attn.qkv.{kind}", f"{b}.self_attn", kind))
-    rules += both(f"{a}.attn.proj", f"{b}.self_attn.out_proj")
-    return rules + both(f"{a}.mlp.fc1", f"{b}.mlp.fc1") + both(f"{a}.mlp.fc2", f"{b}.mlp.fc2")
+def blocks(a: str, b: str, count: int, names: tuple[str, ...]) -> list[Rule]:
+    """All residual blocks of a tower: `a`.i on open_clip's side, `b`.i on transformers'."""
+    rules = []
+    for i in range(count):
+        for mine, theirs in zip(names, HF_BLOCK, strict=True):
+            here, there = f"{a}.{i}.{mine}", f"{b}.{i}.{theirs}"
+            if "{}" in mine:
+                rules += [split_qkv(here.format(kind), there, kind) for kind in ("weight", "bias")]
+            else:
+                rules += both(here, there)
+    return rules
 
 
 def clip_rules(vision_layers: int, text_layers: int) -> list[Rule]:
@@ -126,11 +127,9 @@ def clip_rules(vision_layers: int, text_layers: int) -> list[Rule]:
         *both("visual.ln_post", f"{tower}.post_layernorm"),
         *both("ln_final", f"{text}.final_layer_norm"),
     ]
-    for i in range(vision_layers):
-        rules += open_clip_block(f"visual.transformer.resblocks.{i}", f"{tower}.encoder.layers.{i}")
-    for i in range(text_layers):
-        rules += open_clip_block(f"transformer.resblocks.{i}", f"{text}.encoder.layers.{i}")
-    return rules
+    layers, own = "encoder.layers", "transformer.resblocks"
+    rules += blocks(f"visual.{own}", f"{tower}.{layers}", vision_layers, OPEN_CLIP_BLOCK)
+    return rules + blocks(own, f"{text}.{layers}", text_layers, OPEN_CLIP_BLOCK)
 
 
 def siglip_rules(vision_layers: int, text_layers: int) -> list[Rule]:
@@ -154,11 +153,9 @@ def siglip_rules(vision_layers: int, text_layers: int) -> list[Rule]:
         *both("text.ln_final", f"{text}.final_layer_norm"),
         *both("text.text_projection", f"{text}.head"),
     ]
-    for i in range(vision_layers):
-        rules += timm_block(f"{trunk}.blocks.{i}", f"{tower}.encoder.layers.{i}")
-    for i in range(text_layers):
-        rules += open_clip_block(f"text.transformer.resblocks.{i}", f"{text}.encoder.layers.{i}")
-    return rules
+    layers, own = "encoder.layers", "text.transformer.resblocks"
+    rules += blocks(f"{trunk}.blocks", f"{tower}.{layers}", vision_layers, TIMM_BLOCK)
+    return rules + blocks(own, f"{text}.{layers}", text_layers, OPEN_CLIP_BLOCK)
 
 
 def convert(state: dict[str, Tensor], rules: list[Rule], export: bool) -> dict[str, Tensor]:
@@ -206,7 +203,9 @@ def activation_name(module: torch.nn.Module) -> str:
     raise ValueError(f"activation {type(module).__name__} has no name in transformers")
 
 
-def tower_config(state: dict, prefix: str, heads: int, activation: str, epsilon: float) -> dict:
+def tower_config(
+    state: dict, prefix: str, heads: int, activation: torch.nn.Module, epsilon: float
+) -> dict:
     """What transformers wants to know about one tower, read off its exported tensors."""
     layers = {name.split(".")[3] for name in state if name.startswith(f"{prefix}.encoder.layers.")}
     hidden, width = state[f"{prefix}.encoder.layers.0.mlp.fc1.weight"].shape
@@ -215,54 +214,47 @@ def tower_config(state: dict, prefix: str, heads: int, activation: str, epsilon:
         "intermediate_size": hidden,
         "num_hidden_layers": len(layers),
         "num_attention_heads": heads,
-        "hidden_act": activation,
+        "hidden_act": activation_name(activation),
         "layer_norm_eps": epsilon,
     }
 
 
 def transformers_config(model: torch.nn.Module, about: dict, state: dict[str, Tensor]) -> dict:
-    """config.json for exported tensors `state`; `about` is the open_clip config, kept inside."""
+    """config.json for exported tensors `state`; `about` is the open_clip config, kept inside.
+
+    Sizes are read off the tensors, activations and epsilons off the modules. Nothing is left to
+    transformers' defaults, which are those of other models.
+    """
     siglip = hasattr(model.visual, "trunk")
-    text = model.text if siglip else model
-    block = text.transformer.resblocks[0]
-    text_config = {
-        **tower_config(
-            state, "text_model", block.attn.num_heads, activation_name(block.mlp.gelu),
-            text.ln_final.eps,
-        ),
-        "vocab_size": len(state["text_model.embeddings.token_embedding.weight"]),
-        "max_position_embeddings": len(state["text_model.embeddings.position_embedding.weight"]),
-    }  # fmt: skip
+    kind, text = ("siglip", model.text) if siglip else ("clip", model)
+    first = text.transformer.resblocks[0]
+    words = tower_config(
+        state, "text_model", first.attn.num_heads, first.mlp.gelu, text.ln_final.eps
+    )
+    words["vocab_size"] = len(state["text_model.embeddings.token_embedding.weight"])
+    words["max_position_embeddings"] = len(state["text_model.embeddings.position_embedding.weight"])
     if siglip:
-        first = model.visual.trunk.blocks[0]
-        heads, activation = first.attn.num_heads, activation_name(first.mlp.act)
-        epsilon, kind = model.visual.trunk.norm.eps, "siglip"
-        text_config["projection_size"] = len(state["text_model.head.weight"])
-        text_config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 1}
-        rest = {}
+        first, norm = model.visual.trunk.blocks[0], model.visual.trunk.norm
+        activation, both_towers = first.mlp.act, {}
+        words |= {"projection_size": len(state["text_model.head.weight"]), "pad_token_id": 1}
+        words |= {"bos_token_id": None, "eos_token_id": None}
     else:
-        first = model.visual.transformer.resblocks[0]
-        heads, activation = first.attn.num_heads, activation_name(first.mlp.gelu)
-        epsilon, kind = model.visual.ln_post.eps, "clip"
+        first, norm = model.visual.transformer.resblocks[0], model.visual.ln_post
+        activation = first.mlp.gelu
+        both_towers = {"projection_dim": len(state["visual_projection.weight"])}
         # CLIP pools the text at its end token, which has the highest id (open_clip: argmax).
-        end = text_config["vocab_size"] - 1
-        text_config |= {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
-        rest = {"projection_dim": len(state["visual_projection.weight"])}
-        text_config |= rest
-    patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-    vision_config = {
-        **tower_config(state, "vision_model", heads, activation, epsilon),
-        "image_size": about["model_cfg"]["vision_cfg"]["image_size"],
-        "patch_size": patch,
-        **rest,
-    }
+        end = words["vocab_size"] - 1
+        words |= {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
+    images = tower_config(state, "vision_model", first.attn.num_heads, activation, norm.eps)
+    images["image_size"] = about["model_cfg"]["vision_cfg"]["image_size"]
+    images["patch_size"] = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
     return {
         "model_type": kind,
         "architectures": ["SiglipModel" if siglip else "CLIPModel"],
         "torch_dtype": "float32",
-        **rest,
-        "text_config": {"model_type": f"{kind}_text_model", **text_config},
-        "vision_config": {"model_type": f"{kind}_vision_model", **vision_config},
+        **both_towers,
+        "text_config": {"model_type": f"{kind}_text_model", **words, **both_towers},
+        "vision_config": {"model_type": f"{kind}_vision_model", **images, **both_towers},
         OURS: about,
     }
 
@@ -277,63 +269,67 @@ def open_clip_config(config: dict, folder: Path) -> dict:
     """
     if OURS in config:
         return config[OURS]
-    kind, vision, text = config.get("model_type"), config["vision_config"], config["text_config"]
+    kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
         raise ValueError(f"{folder}: model_type {kind!r}; expected 'clip' or 'siglip'")
-    size = vision.get("image_size", 224)
     if kind == "clip":
-        activation = vision.get("hidden_act", "quick_gelu")
-        if activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"{folder}: hidden_act {activation!r} has no switch in open_clip")
-        width, heads = vision.get("hidden_size", 768), vision.get("num_attention_heads", 12)
-        text_width = text.get("hidden_size", 512)
-        model_cfg = {
-            "embed_dim": config.get("projection_dim", 512),
-            "quick_gelu": activation == "quick_gelu",
-            "vision_cfg": {
-                "image_size": size,
-                "layers": vision.get("num_hidden_layers", 12),
-                "width": width,
-                "head_width": width // heads,
-                "patch_size": vision.get("patch_size", 32),
-                "mlp_ratio": vision.get("intermediate_size", 3072) / width,
-            },
-            "text_cfg": {
-                "context_length": text.get("max_position_embeddings", 77),
-                "vocab_size": text.get("vocab_size", 49408),
-                "width": text_width,
-                "heads": text.get("num_attention_heads", 8),
-                "layers": text.get("num_hidden_layers", 12),
-                "mlp_ratio": text.get("intermediate_size", 2048) / text_width,
-            },
-        }
+        model_cfg = _clip_architecture(config, folder)
         mean, std, mode = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "shortest"
     else:
-        width, layers = vision.get("hidden_size", 768), vision.get("num_hidden_layers", 12)
-        length = text.get("max_position_embeddings", 64)
-        wanted = (width, size, length, text.get("vocab_size", 32000))
-        model_cfg = None
-        for name in open_clip.list_models():
-            known = open_clip.get_model_config(name)
-            trunk, words = known["vision_cfg"], known["text_cfg"]
-            has = (known["embed_dim"], trunk.get("image_size"), words.get("context_length"))
-            family = f"patch{vision.get('patch_size', 16)}_siglip"
-            if (*has, words.get("vocab_size")) == wanted and family in str(trunk):
-                model_cfg = known
-                break
-        if model_cfg is None:
-            raise ValueError(
-                f"{folder}: no SigLIP in open_clip has width {width}, {layers} layers, {size} px, "
-                f"{length} text tokens"
-            )
-        mean = std = (0.5, 0.5, 0.5)
-        mode = "squash"
-    file = folder / "preprocessor_config.json"
-    if file.is_file():
-        processor = json.loads(file.read_text())
+        model_cfg = _siglip_architecture(config, folder)
+        mean, std, mode = (0.5,) * 3, (0.5,) * 3, "squash"
+    if (file := folder / "preprocessor_config.json").is_file():
+        processor = _read_json(file)
         mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
     preprocess = {"mean": list(mean), "std": list(std), "resize_mode": mode}
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+
+
+def _clip_architecture(config: dict, folder: Path) -> dict:
+    """config.json may leave out what equals transformers' defaults: those of ViT-B/32."""
+    vision, text = config["vision_config"], config["text_config"]
+    activation = vision.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise ValueError(f"{folder}: hidden_act {activation!r} has no switch in open_clip")
+    width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
+    return {
+        "embed_dim": config.get("projection_dim", 512),
+        "quick_gelu": activation == "quick_gelu",
+        "vision_cfg": {
+            "image_size": vision.get("image_size", 224),
+            "layers": vision.get("num_hidden_layers", 12),
+            "width": width,
+            "head_width": width // vision.get("num_attention_heads", 12),
+            "patch_size": vision.get("patch_size", 32),
+            "mlp_ratio": vision.get("intermediate_size", 3072) / width,
+        },
+        "text_cfg": {
+            "context_length": text.get("max_position_embeddings", 77),
+            "vocab_size": text.get("vocab_size", 49408),
+            "width": text_width,
+            "heads": text.get("num_attention_heads", 8),
+            "layers": text.get("num_hidden_layers", 12),
+            "mlp_ratio": text.get("intermediate_size", 2048) / text_width,
+        },
+    }
+
+
+def _siglip_architecture(config: dict, folder: Path) -> dict:
+    """The SigLIP of open_clip that has these sizes."""
+    vision, text = config["vision_config"], config["text_config"]
+    width, size = vision.get("hidden_size", 768), vision.get("image_size", 224)
+    length, vocabulary = text.get("max_position_embeddings", 64), text.get("vocab_size", 32000)
+    family = f"patch{vision.get('patch_size', 16)}_siglip"
+    for name in open_clip.list_models():
+        known = open_clip.get_model_config(name)
+        trunk, words = known["vision_cfg"], known["text_cfg"]
+        has = known["embed_dim"], trunk.get("image_size"), words.get("context_length")
+        wanted = width, size, length, vocabulary
+        if (*has, words.get("vocab_size")) == wanted and family in str(trunk):
+            return known
+    raise ValueError(
+        f"{folder}: no SigLIP in open_clip has width {width}, {size} px and {length} text tokens"
+    )
 
 
 def preprocessor_config(about: dict) -> dict:
