@@ -105,3 +105,53 @@ def make_genhancer(tiny_vae, tiny_vqgan):
         return GenHancer(clip, info, paradigm, **own)
 
     return make
+
+
+SIGLIP = {
+    "embed_dim": 192,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 64,
+        "timm_model_name": "vit_tiny_patch16_siglip_test",
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    },
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 80,
+        "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
+        "width": 192,
+        "heads": 4,
+        "layers": 2,
+        "mlp_ratio": 3.7362,
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+        "norm_kwargs": {"eps": 1e-6},
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def small_siglip():
+    """timm has no small one; this is its SigLIP at two layers."""
+    from timm.models import register_model
+    from timm.models.vision_transformer import _create_vision_transformer
+
+    def vit_tiny_patch16_siglip_test(pretrained=False, **kwargs):
+        about = {
+            "patch_size": 16,
+            "embed_dim": 192,
+            "depth": 2,
+            "num_heads": 3,
+            "mlp_ratio": 3.7362,
+        }
+        about |= {"class_token": False, "global_pool": "map", "num_classes": 0, "img_size": 64}
+        kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+        base = "vit_base_patch16_siglip_224"
+        return _create_vision_transformer(base, pretrained=False, **{**about, **kwargs})
+
+    vit_tiny_patch16_siglip_test.__module__ = "timm.models.vision_transformer"
+    register_model(vit_tiny_patch16_siglip_test)

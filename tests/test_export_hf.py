@@ -8,13 +8,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ROOT, TINY_CLIP
+from conftest import ROOT, SIGLIP, TINY_CLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import export_hf
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("small_siglip")
 
 PREPROCESS = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "resize_mode": "shortest"}
 SQUASH = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
@@ -25,54 +26,6 @@ CLIP_H = {  # 80 wide heads in the H/14 are what head_width is for
     "vision_cfg": {"image_size": 42, "patch_size": 14, "width": 40, "layers": 3, "head_width": 20},
     "text_cfg": {"context_length": 9, "vocab_size": 60, "width": 32, "heads": 2, "layers": 1},
 }
-SIGLIP = {
-    "embed_dim": 192,
-    "init_logit_bias": -10,
-    "custom_text": True,
-    "vision_cfg": {
-        "image_size": 64,
-        "timm_model_name": "vit_tiny_patch16_siglip_test",
-        "timm_model_pretrained": False,
-        "timm_pool": "map",
-        "timm_proj": "none",
-    },
-    "text_cfg": {
-        "context_length": 16,
-        "vocab_size": 80,
-        "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
-        "width": 192,
-        "heads": 4,
-        "layers": 2,
-        "mlp_ratio": 3.7362,
-        "no_causal_mask": True,
-        "proj_bias": True,
-        "pool_type": "last",
-        "norm_kwargs": {"eps": 1e-6},
-    },
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _a_small_siglip_trunk():
-    """timm has no small one; this is its SigLIP at two layers."""
-    from timm.models import register_model
-    from timm.models.vision_transformer import _create_vision_transformer
-
-    def vit_tiny_patch16_siglip_test(pretrained=False, **kwargs):
-        about = {
-            "patch_size": 16,
-            "embed_dim": 192,
-            "depth": 2,
-            "num_heads": 3,
-            "mlp_ratio": 3.7362,
-        }
-        about |= {"class_token": False, "global_pool": "map", "num_classes": 0, "img_size": 64}
-        kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-        base = "vit_base_patch16_siglip_224"
-        return _create_vision_transformer(base, pretrained=False, **{**about, **kwargs})
-
-    vit_tiny_patch16_siglip_test.__module__ = "timm.models.vision_transformer"
-    register_model(vit_tiny_patch16_siglip_test)
 
 
 def write_folder(folder, model_cfg, preprocess):

@@ -15,7 +15,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SIGLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -352,6 +352,39 @@ def test_published_flux_as_the_denoiser(tmp_path):
     flags[-1] = str(tmp_path / "b.safetensors")
     again = train_here(tmp_path, "flux", tiny=flags)
     assert again.returncode == 2 and "frozen.denoiser" in again.stderr.replace("(", "frozen.")
+
+
+@pytest.mark.usefixtures("small_siglip")
+@pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
+def test_a_siglip_from_training_to_transformers(tmp_path, denoiser):
+    """A timm tower with an attention pool: both stages with local tokens, LoRA on its fused qkv and
+    on the pool's MLP, the enhanced folder in open_clip and in transformers."""
+    transformers = pytest.importorskip("transformers")
+    import export_hf
+
+    torch.manual_seed(0)
+    clip = open_clip.CustomTextCLIP(**{k: v for k, v in SIGLIP.items() if k != "custom_text"})
+    save_file(clip.state_dict(), tmp_path / "siglip.safetensors")
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
+    config = {"model_cfg": SIGLIP, "preprocess_cfg": about}
+    (tmp_path / "siglip.json").write_text(json.dumps(config))
+    tiny = TINY if denoiser == "flow" else PERCEIVER
+    flags = ["--clip", tmp_path / "siglip.safetensors", "--local_ratio", "25", "--lora_pool"]
+    done = train_here(tmp_path, "siglip", *flags, tiny=tiny)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "siglip"
+    learnt = {name.split(".adapters")[0] for name in tensors(run, 2) if ".adapters" in name}
+    blocks = {f"visual.trunk.blocks.{i}.{part}" for i in (0, 1)
+              for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}  # fmt: skip
+    assert learnt == blocks | {f"visual.trunk.attn_pool.mlp.fc{i}" for i in (1, 2)}
+    theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{run / 'enhanced'}")
+    export_hf.export(run / "enhanced", tmp_path / "hf")
+    exported = transformers.SiglipVisionModel.from_pretrained(tmp_path / "hf").eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        before, after = clip.eval().encode_image(images), theirs.eval().encode_image(images)
+        assert torch.allclose(exported(images).pooler_output, after, atol=1e-4)
+    assert not torch.allclose(before, after, atol=1e-4), "stage 2 changed it"
 
 
 def test_the_enhanced_model_leaves_for_transformers(straight, tmp_path):
