@@ -1,278 +1,142 @@
-"""MMVP-VLM and the toy benchmark: does CLIP see what it was blind to, and how sure are we?
+"""MMVP-VLM, its like, and the toy benchmark: does CLIP see what it was blind to, and how sure are
+we?
 
     python eval_mmvp.py         toy benchmark: original and newest enhanced model
     python eval_mmvp.py --benchmark MMVP_VLM --model ViT-L-14-quickgelu:openai \\
         --model runs/NAME/enhanced
+    python eval_mmvp.py --benchmark winoground.json --model … --template "{}"
 
 Nine patterns, pairs of images that differ in one of them, one statement per image (Tong et al.;
 Sec. 5.1, Tab. 1). For each of a pair's two texts: which of the **two images** is more similar? The
 pair counts only if both answers are right; a tie is wrong, so that a constant encoder scores 0 and
-not everything. Chance is 25 %.
+not everything. Chance is 25 %. Other sets of look-alikes come as JSON (pairsets.py).
 
 What is printed beside the percentage decides whether it means anything. MMVP-VLM has 135 pairs: one
 pair is 0.74 points, the standard error at 32 % is 4.0. Hence hits and n, a Wilson 95 % interval,
-and for before/after the exact McNemar test, which looks only at the pairs whose verdict changed.
-MMVP does not notice when image and text tower drift apart (only two images compete), so the toy run
-shows subject zero-shot accuracy and a linear probe in the same breath.
-
-Letters: K pairs, d width of the joint space.
+for before/after the exact McNemar test, which looks only at the pairs whose verdict changed, and a
+line where two models differ by less than the noise. MMVP does not notice when image and text tower
+drift apart (only two images compete), so the toy run shows what it cost in the same breath; for
+real models eval_zeroshot.py does.
 """
 
 import argparse
-import csv
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transform import image_transform
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 import toyworld
-from backbones import ClipInfo, load_clip
 from checkpoints import write_atomically
 from cli import OneLineParser, run_command
+from judge import Judge, default_models, load_judges, open_picture, ridge_probe
+from pairsets import Item, PairSet, apply_doubts, read_pair_set
 from pictures import labelled_rows
-from scoring import markdown, pair_hits, summarise
+from scoring import MMVP_PATTERNS, markdown, noise_line, pair_verdicts, plain_table, summarise
 
-IMAGE_FOLDERS = (
-    "MMVP_VLM_Images",
-    "MLLM_VLM Images",
-    "MLLM_VLM_Images",
-)  # three spellings are about
 PROBE_TRAIN, PROBE_TEST = 3000, 1500  # scenes for the retention measures
 
-
-# ------------------------------------------------------------------------------------------------
-# Benchmarks
-# ------------------------------------------------------------------------------------------------
-def read_mmvp(folder: str | Path) -> list[toyworld.Pair]:
-    """A folder in MMVP-VLM's layout as pairs; images stay file names until they are needed.
-
-    Rows are keyed by Type and Question ID, never by their order. Pair k is ids (2k − 1, 2k).
-
-    Raises: FileNotFoundError or ValueError naming the first row, id or picture that is wrong.
-    """
-    folder = Path(folder)
-    table = folder / "Questions.csv"
-    if not table.is_file():
-        raise FileNotFoundError(
-            f"benchmark: {table} is missing; --benchmark wants an MMVP-VLM folder"
-        )
-    # The published archive and its mirrors do not agree on the folder's name.
-    images = next((folder / n for n in IMAGE_FOLDERS if (folder / n).is_dir()), None)
-    if images is None:
-        raise FileNotFoundError(
-            f"benchmark: {folder} has none of the image folders {', '.join(IMAGE_FOLDERS)}"
-        )
-    # Statements hold commas and quotes, so only a CSV parser may touch them; "utf-8-sig" because
-    # some copies went through a spreadsheet and start with a byte order mark.
-    rows: dict[int, tuple[str, str]] = {}
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = {"Question ID", "Type", "Statement"} - set(reader.fieldnames or [])
-        if missing:
-            raise ValueError(f"benchmark: {table} has no column {', '.join(sorted(missing))}")
-        for row in reader:
-            try:
-                number = int(row["Question ID"])
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"benchmark: {table} line {reader.line_num}: Question ID "
-                    f"{row['Question ID']!r} "
-                    "is not a number"
-                ) from None
-            if number in rows:
-                raise ValueError(
-                    f"benchmark: {table} line {reader.line_num}: id {number} appears twice"
-                )
-            if not row["Type"] or not row["Statement"]:
-                raise ValueError(
-                    f"benchmark: {table} line {reader.line_num}: id {number} has no Type or no "
-                    "Statement"
-                )
-            rows[number] = (row["Type"].strip(), row["Statement"].strip())
-    if not rows:
-        raise ValueError(f"benchmark: {table} has no rows")
-    # An incomplete benchmark would still give a percentage, of something else. Refuse it.
-    last = max(rows) + max(rows) % 2
-    absent = sorted(set(range(1, last + 1)) - set(rows))
-    if absent:
-        raise ValueError(
-            f"benchmark: {table} lacks {len(absent)} of the ids 1 to {last}: "
-            f"{', '.join(map(str, absent[:10]))}{' …' if len(absent) > 10 else ''}"
-        )
-    if min(rows) < 1:
-        raise ValueError(f"benchmark: {table} has id {min(rows)}; ids start at 1")
-    pairs = []
-    for first in range(1, last, 2):
-        (pattern, left), (other, right) = rows[first], rows[first + 1]
-        if pattern != other:
-            raise ValueError(
-                f"benchmark: {table}: ids {first} and {first + 1} are a pair of two types, "
-                f"{pattern} and {other}"
-            )
-        files = tuple(_find_picture(images / pattern, number) for number in (first, first + 1))
-        pairs.append(toyworld.Pair(pattern, files, (left, right), (first, first + 1)))
-    return pairs
-
-
-def _find_picture(folder: Path, number: int) -> Path:
-    for suffix in (".jpg", ".png", ".jpeg", ".JPG", ".PNG"):
-        if (folder / f"{number}{suffix}").is_file():
-            return folder / f"{number}{suffix}"
-    raise FileNotFoundError(f"benchmark: picture {number}.jpg is missing in {folder}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Encoding
-# ------------------------------------------------------------------------------------------------
-@dataclass
-class Judge:
-    """One CLIP with its tokenizer and preprocessing, in float32."""
-
-    name: str
-    clip: torch.nn.Module
-    info: ClipInfo
-    device: torch.device
-
-    def __post_init__(self):
-        self.clip = self.clip.to(self.device).float().eval()
-        self.transform = image_transform(
-            self.info.image_size,
-            is_train=False,
-            mean=self.info.mean,
-            std=self.info.std,
-            resize_mode=self.info.resize_mode,
-        )
-        self.tokenizer = find_tokenizer(self.info)
-
-    @torch.no_grad()
-    def images(self, images: list, batch: int = 256) -> Tensor:
-        """uint8 arrays (H, W, 3) or file names → unit vectors (K, d)."""
-        parts = []
-        for start in range(0, len(images), batch):
-            stacked = torch.stack(
-                [self.transform(open_picture(i)) for i in images[start : start + batch]]
-            )
-            parts.append(
-                self.clip.encode_image(stacked.to(self.device), normalize=True).float().cpu()
-            )
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def texts(self, texts: list[str], batch: int = 256) -> Tensor:
-        """Texts → unit vectors (K, d)."""
-        parts = [
-            self.clip.encode_text(
-                self.tokenizer(texts[i : i + batch]).to(self.device), normalize=True
-            )
-            for i in range(0, len(texts), batch)
-        ]
-        return torch.cat(parts).float().cpu()
-
-
-def open_picture(image) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
-    try:
-        with Image.open(image) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"benchmark: picture {image} cannot be read ({error})") from None
-
-
-def find_tokenizer(info: ClipInfo):
-    """The tokenizer that a text tower was trained with."""
-    # The toy world's tokenizer is recognised by the size of its vocabulary: CLIPs have tens of
-    # thousands of tokens, the toy a few dozen.
-    text, toy = info.model_cfg["text_cfg"], toyworld.ToyTokenizer()
-    if text.get("vocab_size") == toy.vocab_size:
-        return toy
-    if name := text.get("hf_tokenizer_name"):
-        try:
-            return open_clip.tokenizer.HFTokenizer(
-                name,
-                context_length=text.get("context_length", 77),
-                **text.get("tokenizer_kwargs", {}),
-            )
-        except Exception as error:  # not installed, or no network: many kinds
-            raise ValueError(
-                f"model {info.name}: its tokenizer {name} could not be loaded; it needs "
-                f"`pip install transformers` and its files ({str(error).splitlines()[0]})"
-            ) from None
-    return open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
+# Tab. 1: original, DIVA and GenHancer per pattern in the paper's order, and the average.
+PAPER = {
+    "ViT-L-14-quickgelu:openai": (
+        "13.3 13.3 20.0 20.0 13.3 53.3 20.0 6.7 13.3 19.3",
+        "13.3 20.0 40.0 6.7 20.0 53.3 46.7 20.0 13.3 25.9",
+        "13.3 33.3 33.3 20.0 6.7 73.3 46.7 20.0 40.0 31.9",
+    ),
+    "ViT-L-14-336-quickgelu:openai": (
+        "0.0 20.0 40.0 20.0 6.7 20.0 33.3 6.7 33.3 20.0",
+        "26.7 20.0 33.3 13.3 13.3 46.7 26.7 6.7 40.0 25.2",
+        "6.7 20.0 33.3 20.0 6.7 73.3 53.3 26.7 26.7 29.6",
+    ),
+    "ViT-L-14-quickgelu:metaclip_fullcc": (
+        "13.3 6.7 66.7 6.7 33.3 46.7 20.0 6.7 13.3 23.7",
+        "6.7 6.7 60.0 0.0 26.7 66.7 20.0 20.0 40.0 27.4",
+        "13.3 20.0 53.3 13.3 26.7 80.0 33.3 13.3 33.3 31.9",
+    ),
+    "ViT-H-14-quickgelu:metaclip_fullcc": (
+        "6.7 13.3 60.0 13.3 6.7 53.3 26.7 13.3 33.3 25.2",
+        "13.3 20.0 53.3 33.3 13.3 66.7 33.3 13.3 40.0 31.9",
+        "20.0 20.0 66.7 26.7 26.7 66.7 33.3 20.0 53.3 37.0",
+    ),
+    "ViT-SO400M-14-SigLIP:webli": (
+        "26.7 20.0 53.3 40.0 20.0 66.7 40.0 20.0 53.3 37.8",
+        "13.3 26.7 60.0 46.7 13.3 73.3 53.3 26.7 53.3 40.7",
+        "20.0 20.0 66.7 60.0 20.0 86.7 40.0 13.0 53.3 42.2",
+    ),
+    "ViT-SO400M-14-SigLIP-384:webli": (
+        "20.0 26.7 60.0 33.3 13.3 66.7 33.3 26.7 53.3 37.0",
+        "26.7 33.3 53.3 26.7 13.3 80.0 40.0 26.7 46.7 38.5",
+        "26.7 20.0 66.7 33.3 13.3 86.7 40.0 26.7 46.7 40.0",
+    ),
+}
 
 
 # ------------------------------------------------------------------------------------------------
 # Scoring
 # ------------------------------------------------------------------------------------------------
-def score(judge: Judge, pairs: list[toyworld.Pair], prefix: str = toyworld.PREFIX) -> np.ndarray:
-    """Which pairs a model gets right, bool (K,)."""
-    images = judge.images([image for pair in pairs for image in pair.images])  # (2K, d)
-    texts = judge.texts([f"{prefix} {s}" for pair in pairs for s in pair.statements])  # (2K, d)
-    return pair_hits(images.view(len(pairs), 2, -1), texts.view(len(pairs), 2, -1))
+def score(judge: Judge, items: list[Item], template: str) -> dict[str, np.ndarray]:
+    """Verdicts by task, bool (K,): "text-to-image", "image-to-text" and "group" for pairs of
+    images, "image-to-text" for single ones. (A set holds items of one kind; see `evaluate`.)"""
+    images = judge.images([image for item in items for image in item.images])
+    texts = judge.texts([template.format(c) for item in items for c in item.captions])
+    if items[0].paired:
+        return pair_verdicts(images.view(len(items), 2, -1), texts.view(len(items), 2, -1))
+    hits, start = [], 0
+    for item, image in zip(items, images, strict=True):
+        similarity = texts[start : start + len(item.captions)] @ image  # (captions,)
+        hits.append(bool((similarity[0] > similarity[1:]).all()))  # strictly: a tie is wrong
+        start += len(item.captions)
+    return {"image-to-text": np.array(hits)}
+
+
+def toy_items(mentioned: bool, pairs_per_pattern: int, seed: int) -> list[Item]:
+    """The toy benchmark as items; pictures are arrays."""
+    pairs = toyworld.benchmark(mentioned, pairs_per_pattern, seed)
+    return [Item(p.pattern, p.images, p.statements, f"{p.ids[0]}-{p.ids[1]}") for p in pairs]
+
+
+TOY_TEMPLATE = toyworld.PREFIX + " {}"
 
 
 # ------------------------------------------------------------------------------------------------
 # Retention in the toy world: what was the price?
 # ------------------------------------------------------------------------------------------------
-def subject_zero_shot(judge: Judge, scenes: list) -> tuple[np.ndarray, Tensor]:
-    """Is "a photo of SUBJECT" nearest for the right subject? bool (scenes,), and features (scenes,
-    d)."""
-    features = judge.images([pixels for _, pixels in scenes])  # (scenes, d)
-    names = judge.texts([f"{toyworld.PREFIX} {s}" for s in toyworld.SUBJECTS])  # (S, d)
-    subjects = np.array([toyworld.SUBJECTS.index(scene.subject) for scene, _ in scenes])
-    return (features @ names.T).argmax(1).numpy() == subjects, features
-
-
 def toy_retention(judge: Judge, scenes: list) -> dict:
-    """Subject zero-shot accuracy, and what a linear probe finds in the features.
-
-    The probe (ridge regression on one-hot labels, features frozen) tells whether the information is
-    there, whatever the text tower makes of it. It is scored on unmentioned subjects.
-    """
-    zero_shot, features = subject_zero_shot(judge, scenes)
-    train, test = features[:PROBE_TRAIN].double(), features[PROBE_TRAIN:].double()
-    center = train.mean(0)
-    # Ridge regression in closed form: weights = (XᵀX + λI)⁻¹ Xᵀ Y, one column per value of a
-    # pattern.
-    train, test = train - center, test - center
-    inverse = torch.linalg.inv(
-        train.T @ train + 1e-2 * torch.eye(train.shape[1], dtype=torch.float64)
-    )
+    """Is "a photo of SUBJECT" nearest for the right subject (bool per scene), and what does a
+    linear probe find in the features? The probe is scored on unmentioned subjects: the mentioned
+    are easy and would hide what the others gain."""
+    features = judge.images([pixels for _, pixels in scenes])  # (scenes, d)
+    names = judge.texts([TOY_TEMPLATE.format(s) for s in toyworld.SUBJECTS])  # (S, d)
+    subjects = np.array([toyworld.SUBJECTS.index(scene.subject) for scene, _ in scenes])
+    zero_shot = (features @ names.T).argmax(1).numpy() == subjects
     probe = {}
     for pattern, values in toyworld.PATTERNS.items():
         labels = torch.tensor([list(values).index(scene[pattern]) for scene, _ in scenes])
-        target = F.one_hot(labels[:PROBE_TRAIN], len(values)).double()
-        weights = inverse @ train.T @ (target - target.mean(0))  # (d, values)
-        right = ((test @ weights + target.mean(0)).argmax(1) == labels[PROBE_TRAIN:]).numpy()
+        found = ridge_probe(features[:PROBE_TRAIN], labels[:PROBE_TRAIN], features[PROBE_TRAIN:])
         told = toyworld.mentioned_subjects(pattern)
         unmentioned = np.array([scene.subject not in told for scene, _ in scenes[PROBE_TRAIN:]])
-        # Mentioned subjects are easy and would hide what the others gain.
-        probe[pattern] = float(right[unmentioned].mean())
+        probe[pattern] = float((found == labels[PROBE_TRAIN:]).numpy()[unmentioned].mean())
     return {"zero_shot": zero_shot, "features": features, "probe": probe}
 
 
-def changed_pairs_pictures(pairs: list, hits: dict[str, np.ndarray], out: Path, name: str) -> None:
+# ------------------------------------------------------------------------------------------------
+# Pictures of what changed
+# ------------------------------------------------------------------------------------------------
+def changed_pictures(items: list[Item], hits: dict[str, np.ndarray], out: Path, name: str) -> None:
     """One picture for every model but the first; from the third on, its name is in the file's."""
     (_, before), *others = hits.items()
     for number, (model, after) in enumerate(others):
         suffix = f"_{model.replace('/', '_')}" if number else ""
-        changed_pairs_picture(pairs, before, after, out / f"{name}{suffix}.png")
+        changed_picture(items, before, after, out / f"{name}{suffix}.png")
 
 
-def changed_pairs_picture(
-    pairs: list, before: np.ndarray, after: np.ndarray, path: Path, most: int = 5
+def changed_picture(
+    items: list[Item], before: np.ndarray, after: np.ndarray, path: Path, most: int = 5
 ) -> None:
-    """Pairs won and lost, at most one per pattern and kind, two images and their statements
-    each."""
+    """Items won and lost, at most one per pattern and kind, with images and captions."""
     rows = []
     for label, mask in (
         ("won: wrong before, right after", ~before & after),
@@ -280,13 +144,14 @@ def changed_pairs_picture(
     ):
         shown, tiles, captions = set(), [], []
         for i in np.flatnonzero(mask):
-            if pairs[i].pattern not in shown and len(shown) < most:
-                shown.add(pairs[i].pattern)
+            if (items[i].category not in shown or items[i].category == "all") and len(shown) < most:
+                shown.add(items[i].category if items[i].category != "all" else i)
                 tiles += [
                     torch.from_numpy(np.array(open_picture(im))).permute(2, 0, 1) / 255
-                    for im in pairs[i].images
+                    for im in items[i].images
                 ]
-                captions += [s if len(s) < 21 else s[:19] + "…" for s in pairs[i].statements]
+                texts = items[i].captions[: len(items[i].images)]
+                captions += [s if len(s) < 21 else s[:19] + "…" for s in texts]
         if tiles:
             rows.append((f"{label} ({int(mask.sum())} pairs)", tiles, captions))
     if rows:
@@ -294,41 +159,23 @@ def changed_pairs_picture(
 
 
 # ------------------------------------------------------------------------------------------------
-# Command
+# Evaluations
 # ------------------------------------------------------------------------------------------------
-def newest_enhanced(runs: Path) -> Path:
-    """The enhanced model written last. Raises: FileNotFoundError where there is none."""
-    found = sorted(
-        runs.glob("*/enhanced/open_clip_model.safetensors"), key=lambda p: p.stat().st_mtime
-    )
-    if not found:
-        raise FileNotFoundError(
-            f"no enhanced model in {runs}/*/enhanced: run python train.py first, or name --model"
-        )
-    return found[-1].parent
-
-
-def short_name(model: str) -> str:
-    """What the table calls a model: runs/demo/enhanced → demo/enhanced, the toy CLIP → original."""
-    path = Path(model)
-    if path.resolve() == toyworld.TOY_DIR / "clip.safetensors":
-        return "original"
-    if path.is_dir():
-        return "/".join(path.resolve().parts[-2:])
-    return path.stem if path.suffix == ".safetensors" else model
-
-
 def evaluate_toy(
     judges: list[Judge], pairs_per_pattern: int, seed: int, out: Path
 ) -> tuple[dict, str]:
     """Unmentioned and mentioned subjects, retention, pictures. Returns results and their text."""
     results, text = {}, []
     for side, mentioned in (("unmentioned", False), ("mentioned", True)):
-        pairs = toyworld.benchmark(mentioned, pairs_per_pattern, seed)
-        hits = {j.name: score(j, pairs) for j in tqdm(judges, f"{side} pairs", leave=False)}
-        results[side] = summarise([p.pattern for p in pairs], hits)
+        items = toy_items(mentioned, pairs_per_pattern, seed)
+        hits = {
+            j.name: score(j, items, TOY_TEMPLATE)["text-to-image"]
+            for j in tqdm(judges, f"{side} pairs", leave=False)
+        }
+        results[side] = summarise([i.category for i in items], hits)
         text.append(markdown(f"Toy benchmark, {side} subjects", results[side]))
-        changed_pairs_pictures(pairs, hits, out, f"changed_{side}")
+        text += noise_line(results[side][-1])
+        changed_pictures(items, hits, out, f"changed_{side}")
     held_out = toyworld.ToyScenes(PROBE_TRAIN + PROBE_TEST, seed=31_415_926 + seed)
     scenes = [held_out.scene(i) for i in range(len(held_out))]
     measured = {j.name: toy_retention(j, scenes) for j in tqdm(judges, "retention", leave=False)}
@@ -350,7 +197,97 @@ def evaluate_toy(
     return results, "\n".join(text)
 
 
-def main() -> None:
+def evaluate(
+    judges: list[Judge], pair_set: PairSet, templates: list[str], doubts: str, out: Path
+) -> tuple[dict, str]:
+    """A pair set: every task it allows, sensitivity to the prompt, doubts, pictures. Returns
+    results and their text."""
+    results, text = {}, []
+    for paired in (True, False):
+        items = [item for item in pair_set.items if item.paired == paired]
+        if not items:
+            continue
+        title = f"{pair_set.name}, {len(items)} {'pairs' if paired else 'single images'}"
+        found, more = _evaluate_kind(judges, items, templates, title, out)
+        results |= found
+        text += more
+        if doubts:
+            kept = apply_doubts(items, doubts)
+            title += f"; without {len(items) - len(kept)} in doubt, {doubts} applied"
+            found, more = _evaluate_kind(judges, kept, templates[:1], title, None)
+            results |= {f"{task}, doubts applied": rows for task, rows in found.items()}
+            text += more
+    return results, "\n".join(text)
+
+
+def _evaluate_kind(
+    judges: list[Judge], items: list[Item], templates: list[str], title: str, out: Path | None
+) -> tuple[dict, list[str]]:
+    """Items of one kind. Returns rows by task, and lines of text."""
+    results, text = {}, []
+    categories = [item.category for item in items]
+    verdicts = {
+        t: {j.name: score(j, items, t) for j in tqdm(judges, "pairs", leave=False)}
+        for t in templates
+    }
+    for task in next(iter(verdicts[templates[0]].values())):
+        hits = {name: tasks[task] for name, tasks in verdicts[templates[0]].items()}
+        rows = results[task] = summarise(categories, hits)
+        point = f"one is {100 / len(items):.2f} points"
+        text.append(markdown(f"{title}, {task}; prompt {templates[0]!r}; {point}", rows))
+        text += noise_line(rows[-1])
+        changed = {}
+        (first, before), *others = hits.items()
+        for name, after in others:
+            won = [items[i].name for i in np.flatnonzero(~before & after)]
+            lost = [items[i].name for i in np.flatnonzero(before & ~after)]
+            changed[name] = {"won": won, "lost": lost}
+            if out and len(won) + len(lost) <= 60:
+                text.append(f"{name} against {first}: won {' '.join(won) or 'none'}; lost "
+                            f"{' '.join(lost) or 'none'}\n")  # fmt: skip
+        results[f"{task}, changed"] = changed
+        if out:
+            changed_pictures(items, hits, out, "changed" if task == "text-to-image" else
+                             f"changed_{task}")  # fmt: skip
+        if len(templates) > 1:
+            averages = {
+                name: [100 * float(verdicts[t][name][task].mean()) for t in templates]
+                for name in hits
+            }
+            results[f"{task}, by prompt"] = {"templates": templates, **averages}
+            text.append(_prompt_table(task, templates, averages))
+    return results, text
+
+
+def _prompt_table(task: str, templates: list[str], averages: dict[str, list[float]]) -> str:
+    """How far the wording of the prompt moves the average: often as far as a method."""
+    rows = [["prompt", *averages]]
+    for i, template in enumerate(templates):
+        rows.append([f"`{template}`", *(f"{values[i]:.1f}" for values in averages.values())])
+    rows.append(["spread, max − min", *(f"{max(v) - min(v):.1f}" for v in averages.values())])
+    return plain_table(f"Sensitivity to the prompt, {task}", rows)
+
+
+def paper_table(models: list[str]) -> str:
+    """Tab. 1's own rows for the backbones among `models` ("" if there is none). An enhanced
+    model's backbone is in its run's config.json."""
+    rows = [["paper, Tab. 1", *MMVP_PATTERNS, "Average"]]
+    known = []
+    for model in models:
+        config = Path(model).parent / "config.json"
+        if config.is_file():
+            model = json.loads(config.read_text()).get("settings", {}).get("clip", "")
+        if model in PAPER and model not in known:
+            known.append(model)
+            for method, row in zip(("original", "DIVA", "GenHancer"), PAPER[model], strict=True):
+                rows.append([f"{model} {method}", *row.split()])
+    return plain_table("The paper's figures (135 pairs)", rows) if known else ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Command
+# ------------------------------------------------------------------------------------------------
+def command_line() -> argparse.Namespace:
     summary, example = __doc__.split("\n\n")[:2]
     parser = OneLineParser(
         description=summary,
@@ -358,75 +295,87 @@ def main() -> None:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--benchmark", default="toy", metavar="DIR", help="'toy', or an MMVP-VLM folder"
+    add = parser.add_argument
+    add(
+        "--benchmark",
+        default="toy",
+        metavar="SET",
+        help="'toy', an MMVP-VLM folder, or a JSON file in the format of pairsets.py",
     )
-    parser.add_argument(
+    add(
         "--model",
         action="append",
         metavar="MODEL",
-        help="open_clip NAME:TAG, FILE.safetensors or an enhanced FOLDER; repeat to compare with "
-        "the first (default: the toy CLIP and the newest enhanced model)",
+        help="open_clip NAME:TAG or NAME:FILE, FILE.safetensors, an enhanced FOLDER or one in "
+        "transformers' layout; repeat to compare with the first (default: the toy CLIP and the "
+        "newest enhanced model)",
     )
-    parser.add_argument(
-        "--runs",
-        default="runs",
-        help="where the newest enhanced model is looked for (default: runs)",
+    add(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="prompt with {} for the statement (default: the set's own, 'a photo of {}' for MMVP); "
+        "repeat to see how far the wording moves the score",
     )
-    parser.add_argument(
-        "--out",
+    add(
+        "--doubts",
+        default="",
+        metavar="FILE",
+        help='JSON {"leave_out": [ids], "swap": [ids]}: labels known to be doubtful; both figures '
+        "are printed",
+    )
+    add("--runs", default="runs", help="where enhanced models are looked for (default: runs)")
+    add("--out", default="", metavar="DIR", help="where results go (default: eval/ beside the "
+        "model)")  # fmt: skip
+    add("--pairs", type=int, default=100, help="toy: pairs per pattern and side (default: 100)")
+    add("--seed", type=int, default=0, help="toy: which benchmark; reported figures use 0")
+    add(
+        "--cache",
         default="",
         metavar="DIR",
-        help="where results go (default: eval/ beside the model)",
-    )
-    parser.add_argument(
-        "--pairs",
-        type=int,
-        default=100,
-        help="toy benchmark: pairs per pattern and side (default: 100)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="toy benchmark: which one; reported figures use 0"
+        help="where features are kept for the next call (default: RUNS/features; 'none': nowhere)",
     )
     args = parser.parse_args()
     if args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs}: at least 1")
-    pairs = None if args.benchmark == "toy" else read_mmvp(args.benchmark)
-    models = args.model or [
-        str(toyworld.TOY_DIR / "clip.safetensors"),
-        str(newest_enhanced(Path(args.runs))),
-    ]
+    for template in args.template or []:
+        if "{}" not in template:
+            raise ValueError(f"--template {template!r}: put {{}} where the statement goes")
+    if args.benchmark == "toy" and (args.template or args.doubts):
+        raise ValueError("--template and --doubts are for real benchmarks, not for the toy's")
+    return args
+
+
+def cache_folder(args: argparse.Namespace) -> Path | None:
+    return None if args.cache == "none" else Path(args.cache or Path(args.runs) / "features")
+
+
+def main() -> None:
+    args = command_line()
+    pair_set = None if args.benchmark == "toy" else read_pair_set(args.benchmark)
+    models = args.model or default_models(Path(args.runs))
     last = Path(models[-1])
-    out = (
-        Path(args.out) if args.out else (last.parent if last.is_dir() else Path(args.runs)) / "eval"
-    )
+    beside = last.parent if last.is_dir() else Path(args.runs)
+    out = Path(args.out) if args.out else beside / "eval"
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = ["original", "enhanced"] if not args.model else [short_name(m) for m in models]
-    if len(set(names)) < len(names):
-        names = models
-    if len(set(models)) < len(models):
-        raise ValueError("--model: the same model is named twice")
-    judges = [
-        Judge(name, *load_clip(model), device) for name, model in zip(names, models, strict=True)
-    ]
+    judges = load_judges(models, device, cache_folder(args))
+    if not args.model:
+        judges[0].name, judges[1].name = "original", "enhanced"
     start = time.time()
-    if pairs is None:
+    if pair_set is None:
         results, text = evaluate_toy(judges, args.pairs, args.seed, out)
     else:
-        hits = {j.name: score(j, pairs) for j in tqdm(judges, "pairs", leave=False)}
-        results = {"mmvp": summarise([p.pattern for p in pairs], hits)}
-        text = markdown(
-            f"MMVP-VLM, {len(pairs)} pairs; one pair is {100 / len(pairs):.2f} points",
-            results["mmvp"],
-        )
-        changed_pairs_pictures(pairs, hits, out, "changed")
+        templates = args.template or [pair_set.template]
+        results, text = evaluate(judges, pair_set, templates, args.doubts, out)
+        text += "\n" + paper_table(models) if pair_set.name == "MMVP-VLM" else ""
     about = {
         "benchmark": args.benchmark,
         "seed": args.seed,
-        "models": dict(zip(names, models, strict=True)),
+        "models": {j.name: m for j, m in zip(judges, models, strict=True)},
         "date": time.strftime("%Y-%m-%d"),
         "device": str(device),
+        "torch": torch.__version__,
         "seconds": round(time.time() - start, 1),
     }
     print(text)

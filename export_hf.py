@@ -402,6 +402,17 @@ def export(source: Path, target: Path) -> list[str]:
 
 def restore(source: Path, target: Path) -> list[str]:
     """transformers folder → open_clip folder. Returns: lines that say what was written."""
+    about, state, notes = read_transformers(source)
+    target.mkdir(parents=True, exist_ok=True)
+    _save(state, target / "open_clip_model.safetensors", {"format": "pt"})
+    _write(target / "open_clip_config.json", json.dumps(about, indent=1))
+    if (source / "README.md").is_file():
+        shutil.copy(source / "README.md", target / "README.md")
+    return [*notes, f"{target / 'open_clip_model.safetensors'}: {len(state)} tensors"]
+
+
+def read_transformers(source: Path) -> tuple[dict, dict[str, Tensor], list[str]]:
+    """A transformers folder as open_clip has it: its config, its tensors, and what to know."""
     config = _read_json(source / "config.json")
     if "vision_config" not in config:
         raise ValueError(f"{source}: config.json has no vision_config: not a whole CLIP or SigLIP")
@@ -415,20 +426,13 @@ def restore(source: Path, target: Path) -> list[str]:
     }
     state = convert(tensors, rules_for(model), export=False)
     _checked(about, state, source)
-    lines = []
     wanted = config["vision_config"].get("hidden_act")
-    first = model.visual.trunk.blocks[0].mlp.act if hasattr(model.visual, "trunk") else None
-    if first is not None and wanted and wanted != activation_name(first):
-        lines.append(
-            f"note: {source} was made with {wanted}, open_clip's tower uses "
-            f"{activation_name(first)}: features will differ in the third digit"
-        )
-    target.mkdir(parents=True, exist_ok=True)
-    _save(state, target / "open_clip_model.safetensors", {"format": "pt"})
-    _write(target / "open_clip_config.json", json.dumps(about, indent=1))
-    if (source / "README.md").is_file():
-        shutil.copy(source / "README.md", target / "README.md")
-    return [*lines, f"{target / 'open_clip_model.safetensors'}: {len(state)} tensors"]
+    trunk = getattr(model.visual, "trunk", None)
+    if trunk is not None and wanted and wanted != activation_name(trunk.blocks[0].mlp.act):
+        own = activation_name(trunk.blocks[0].mlp.act)
+        note = f"note: {source} was made with {wanted}, open_clip's tower uses {own}: features "
+        return about, state, [note + "differ a little"]
+    return about, state, []
 
 
 def _checked(about: dict, state: dict[str, Tensor], source: Path) -> torch.nn.Module:

@@ -27,13 +27,25 @@ MMVP_PATTERNS = (
 )
 
 
-def pair_hits(images: Tensor, texts: Tensor) -> np.ndarray:
-    """MMVP's rule. images, texts: unit vectors (K, 2, d) → bool (K,): both texts found their
-    image."""
+def pair_verdicts(images: Tensor, texts: Tensor) -> dict[str, np.ndarray]:
+    """Two images, two texts, text k belongs to image k: who found whom?
+
+    Args: images, texts: unit vectors (K, 2, d).
+    Returns: bool (K,) each. "text-to-image": both texts found their image among the two (MMVP's
+        rule). "image-to-text": both images found their text. "group": both of it (Winoground).
+        All comparisons are strict: a tie is wrong.
+    """
     similarity = torch.einsum("ktd,kid->kti", texts, images)  # (K, text, image)
-    first = similarity[:, 0, 0] > similarity[:, 0, 1]  # strictly: a tie is wrong
-    second = similarity[:, 1, 1] > similarity[:, 1, 0]
-    return (first & second).numpy()
+    own = torch.stack([similarity[:, 0, 0], similarity[:, 1, 1]], 1)  # (K, 2): what belongs
+    of_text = torch.stack([similarity[:, 0, 1], similarity[:, 1, 0]], 1)  # same text, other image
+    of_image = of_text.flip(1)  # same image, other text
+    t2i, i2t = (own > of_text).all(1).numpy(), (own > of_image).all(1).numpy()
+    return {"text-to-image": t2i, "image-to-text": i2t, "group": t2i & i2t}
+
+
+def pair_hits(images: Tensor, texts: Tensor) -> np.ndarray:
+    """MMVP's rule alone."""
+    return pair_verdicts(images, texts)["text-to-image"]
 
 
 def wilson_interval(hits: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -55,6 +67,28 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> tuple[int, int, float]:
     n = won + lost
     tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1))
     return won, lost, min(1.0, 2 * tail / 2**n)
+
+
+def paired_interval(won: int, lost: int, n: int, z: float = 1.959963984540054) -> tuple:
+    """95 % interval of a change (won − lost) / n between two models on the same n items, after
+    Bonett and Price (2012): a pseudo-count on either side keeps it honest where little changed.
+    Returns fractions."""
+    up, down = (won + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = z * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    return max(-1.0, up - down - half), min(1.0, up - down + half)
+
+
+def noise_line(row: dict) -> list[str]:
+    """A warning for every model that differs from the first by less than the noise."""
+    lines, (first, *others) = [], row["models"].items()
+    for name, m in others:
+        low, high = (100 * x for x in paired_interval(m["won"], m["lost"], row["n"]))
+        if low <= 0 <= high:
+            lines.append(
+                f"Within the noise: {name} against {first[0]} is {m['change']:+.1f} points, 95 % "
+                f"interval {low:+.1f} to {high:+.1f}. This set cannot rank the two.\n"
+            )
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,7 +140,12 @@ def markdown(title: str, rows: list[dict]) -> str:
             if i:
                 cells += [f"{m['change']:+.1f}", f"{m['won']}/{m['lost']}", f"{m['p']:.2g}"]
         table.append(cells)
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    return plain_table(title, table)
+
+
+def plain_table(title: str, table: list[list[str]]) -> str:
+    """Markdown whose columns line up in a terminal. The first row is the head."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
         for row in table

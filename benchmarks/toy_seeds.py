@@ -76,10 +76,14 @@ def measure_side(
 ) -> tuple[dict, list]:
     """Before and after on one half of the benchmark. Returns figures and lines of Markdown."""
     side = "mentioned" if mentioned else "unmentioned"
-    pairs = toyworld.benchmark(mentioned, 100, seed=0)
-    patterns = np.array([p.pattern for p in pairs])
-    before = ev.score(original, pairs)  # (K,)
-    after = np.stack([ev.score(judge, pairs) for judge in enhanced])  # (R, K)
+    items = ev.toy_items(mentioned, 100, seed=0)
+    patterns = np.array([item.category for item in items])
+
+    def verdicts(judge):
+        return ev.score(judge, items, ev.TOY_TEMPLATE)["text-to-image"]
+
+    before = verdicts(original)  # (K,)
+    after = np.stack([verdicts(judge) for judge in enhanced])  # (R, K)
     won, lost, p = mcnemar(np.tile(before, len(after)), after.ravel())
     flip = sign_flip((after.astype(int) - before.astype(int)).sum(0))
     figures = {"won": won, "lost": lost, "mcnemar_pooled_p": p, "sign_flip_p": flip, "rows": []}

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backbones
 from backbones import describe_clip, load_clip
-from eval_mmvp import find_tokenizer
+from judge import find_tokenizer
 from lora import inject_lora, lora_layers
 from plan import fill, one_batch, skeleton
 from settings import PRESETS, Settings, preset_of

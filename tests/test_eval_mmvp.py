@@ -2,22 +2,27 @@
 
 import csv
 import json
+import os
 import random
+import re
+import shlex
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import stats
+from test_wrong_input import command
 
 import eval_mmvp as ev
+import pairsets
 import scoring
 import toyworld
 from backbones import load_clip
+from judge import Judge, load_judges
 
 
 # -- scoring -------------------------------------------------------------------------------------
@@ -106,19 +111,21 @@ def rewrite(folder, change):
 
 
 def test_written_benchmark_reads_back_and_scores_the_same(folder):
-    judge = ev.Judge(
+    judge = Judge(
         "toy", *load_clip(str(toyworld.TOY_DIR / "clip.safetensors")), torch.device("cpu")
     )
     pairs = toyworld.benchmark(False, 2, seed=5)
-    back = ev.read_mmvp(folder)
-    assert [(p.pattern, p.statements, p.ids) for p in back] == [
-        (p.pattern, p.statements, p.ids) for p in pairs
+    back = pairsets.read_mmvp(folder)
+    direct = ev.toy_items(False, 2, seed=5)
+    assert [(i.category, i.captions, i.name) for i in back] == [
+        (p.pattern, p.statements, f"{p.ids[0]}-{p.ids[1]}") for p in pairs
     ]
-    assert np.array_equal(ev.score(judge, back), ev.score(judge, pairs))
+    for task, verdict in ev.score(judge, back, ev.TOY_TEMPLATE).items():
+        assert np.array_equal(verdict, ev.score(judge, direct, ev.TOY_TEMPLATE)[task])
 
 
 def test_row_order_does_not_matter(folder):
-    expected = [(p.pattern, p.statements, p.ids) for p in ev.read_mmvp(folder)]
+    expected = [(i.category, i.captions, i.name) for i in pairsets.read_mmvp(folder)]
 
     def shuffle(rows):
         body = rows[1:]
@@ -126,23 +133,23 @@ def test_row_order_does_not_matter(folder):
         return [rows[0], *body]
 
     rewrite(folder, shuffle)
-    assert [(p.pattern, p.statements, p.ids) for p in ev.read_mmvp(folder)] == expected
+    assert [(i.category, i.captions, i.name) for i in pairsets.read_mmvp(folder)] == expected
 
 
 def test_commas_and_quotes_in_statements(folder):
     odd = 'a sign, white, that says "A, B" and nothing else'
     rewrite(folder, lambda rows: [[*r[:2], odd] if r[0] == "3" else r for r in rows])
-    assert ev.read_mmvp(folder)[1].statements[0] == odd
+    assert pairsets.read_mmvp(folder)[1].captions[0] == odd
 
 
-@pytest.mark.parametrize("name", ev.IMAGE_FOLDERS)
+@pytest.mark.parametrize("name", pairsets.IMAGE_FOLDERS)
 def test_three_spellings_and_jpg(folder, name):
     old = folder / "MMVP_VLM_Images"
     for file in old.rglob("*.png"):
         Image.open(file).save(file.with_suffix(".jpg"))
         file.unlink()
     old.rename(folder / name)
-    assert len(ev.read_mmvp(folder)) == 18
+    assert len(pairsets.read_mmvp(folder)) == 18
 
 
 BAD = {
@@ -186,26 +193,187 @@ def test_bad_folders_are_named(folder, case):
     spoil, message = BAD[case]
     spoil(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        ev.read_mmvp(folder)
+        pairsets.read_mmvp(folder)
 
 
 # -- command -------------------------------------------------------------------------------------
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "eval_mmvp.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    """The command, in this process."""
+    words = [str(a).replace("{", "{{").replace("}", "}}") for a in arguments]
+    code, out = command(shlex.join(["eval_mmvp.py", *words]), {})
+    return subprocess.CompletedProcess(arguments, code, out, out)
 
 
-def test_command_on_a_folder(folder, tmp_path):
-    model = toyworld.TOY_DIR / "clip.safetensors"
-    done = run("--benchmark", folder, "--model", model, "--out", tmp_path / "out")
+TOY = toyworld.TOY_DIR / "clip.safetensors"
+
+
+@pytest.fixture
+def enhanced(tmp_path_factory):
+    """The toy CLIP with its image tower shaken, as an enhanced folder."""
+    folder = tmp_path_factory.mktemp("run") / "enhanced"
+    folder.mkdir()
+    clip, info = load_clip(str(TOY))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        clip.visual.proj.add_(0.05 * torch.randn_like(clip.visual.proj))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(info.open_clip_config()))
+    return folder
+
+
+def test_command_on_a_folder(folder, enhanced, tmp_path):
+    out = tmp_path / "out"
+    done = run("--benchmark", folder, "--model", TOY, "--model", enhanced, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "MMVP-VLM, 18 pairs; one pair is 5.56 points" in done.stdout
+    assert "MMVP-VLM, 18 pairs, text-to-image; prompt 'a photo of {}'; one is 5.56" in done.stdout
+    assert "Within the noise" in done.stdout and "against original: won" in done.stdout
+    result = json.loads((out / "mmvp.json").read_text())
+    assert result["text-to-image"][-1]["n"] == result["group"][-1]["n"] == 18
+    rows = result["text-to-image"][-1]["models"]
+    changed = result["text-to-image, changed"][f"{enhanced.parent.name}/enhanced"]
+    other = rows[f"{enhanced.parent.name}/enhanced"]
+    assert (len(changed["won"]), len(changed["lost"])) == (other["won"], other["lost"])
+
+
+def test_two_prompts_show_their_spread(folder, tmp_path):
+    flags = ["--template", "a photo of {}", "--template", "{}", "--out", tmp_path / "out"]
+    done = run("--benchmark", folder, "--model", TOY, *flags)
+    assert done.returncode == 0 and "spread, max − min" in done.stdout, done.stdout
     result = json.loads((tmp_path / "out" / "mmvp.json").read_text())
-    assert result["mmvp"][-1]["n"] == 18
+    averages = result["text-to-image, by prompt"]["original"]
+    assert averages[0] == pytest.approx(
+        result["text-to-image"][-1]["models"]["original"]["percent"]
+    )
+    assert len(averages) == 2
+
+
+def test_doubts_are_off_by_default_and_print_both_figures(folder, tmp_path):
+    file = tmp_path / "doubts.json"
+    file.write_text(json.dumps({"leave_out": [1, 5], "swap": ["3-4"]}))
+    items = pairsets.read_mmvp(folder)
+    kept = pairsets.apply_doubts(items, file)
+    assert [i.name for i in kept] == [i.name for i in items if i.name not in ("1-2", "5-6")]
+    assert kept[0].captions == items[1].captions[::-1]
+    done = run("--benchmark", folder, "--model", TOY, "--doubts", file, "--out", tmp_path / "out")
+    assert "18 pairs, text-to-image" in done.stdout and "without 2 in doubt" in done.stdout
+    result = json.loads((tmp_path / "out" / "mmvp.json").read_text())
+    assert result["text-to-image, doubts applied"][-1]["n"] == 16
+    assert result["text-to-image"][-1]["n"] == 18
+    file.write_text(json.dumps({"swap": [99]}))
+    wrong = run("--benchmark", folder, "--model", TOY, "--doubts", file)
+    assert wrong.returncode == 2 and "names 99, not in this benchmark" in wrong.stderr
+
+
+def test_the_papers_rows_stand_beside_known_backbones(tmp_path):
+    for name, rows in ev.PAPER.items():
+        for row in rows:
+            *patterns, average = map(float, row.split())
+            assert len(patterns) == 9
+            assert abs(sum(patterns) / 9 - average) < 0.11, name
+    (tmp_path / "config.json").write_text('{"settings": {"clip": "ViT-L-14-quickgelu:openai"}}')
+    text = ev.paper_table([str(TOY), str(tmp_path / "enhanced"), "ViT-SO400M-14-SigLIP:webli"])
+    assert "31.9" in text and "45.2" not in text and "42.2" in text
+    assert ev.paper_table([str(TOY)]) == ""
+
+
+def test_features_are_kept_and_never_mistaken(folder, tmp_path):
+    clip, info = load_clip(str(TOY))
+    judge = Judge("a", clip, info, torch.device("cpu"), tmp_path / "features")
+    pictures = [p for item in pairsets.read_mmvp(folder) for p in item.images]
+    first = judge.images(pictures)
+    files = list((tmp_path / "features").iterdir())
+    clip.encode_image = None  # from here on only the cache can answer
+    assert torch.equal(judge.images(pictures), first) and len(files) == 1
+    os.utime(pictures[0], (1, 1))  # a picture that changed is another picture
+    with pytest.raises(TypeError):
+        judge.images(pictures)
+    files[0].write_bytes(b"damaged")
+    with pytest.raises(TypeError):
+        judge.images(pictures)
+    again, _ = load_clip(str(TOY))
+    with torch.no_grad():
+        again.visual.proj.mul_(-1)
+    other = Judge("b", again, info, torch.device("cpu"), tmp_path / "features").images(pictures)
+    assert not torch.allclose(other, first), "other weights, other features"
+
+
+def test_a_transformers_folder_is_a_model_too(folder, enhanced, tmp_path):
+    import export_hf
+
+    export_hf.export(enhanced, tmp_path / "hf")
+    judges = load_judges([str(enhanced), str(tmp_path / "hf")], torch.device("cpu"), None)
+    pictures = [p for item in pairsets.read_mmvp(folder) for p in item.images]
+    one, two = (judge.images(pictures) for judge in judges)
+    assert torch.equal(one, two)
+
+
+# -- other sets ----------------------------------------------------------------------------------
+def test_winoground_scores_against_a_loop():
+    """The three scores of 200 random items with ties, written out."""
+    rng = random.Random(1)
+    for _ in range(200):
+        s = [[rng.randint(0, 2) for _ in range(2)] for _ in range(2)]  # s[text][image]
+        images = torch.tensor(s, dtype=torch.float32).T[None]
+        found = {
+            k: bool(v[0]) for k, v in scoring.pair_verdicts(images, torch.eye(2)[None]).items()
+        }
+        text_right = s[0][0] > s[1][0] and s[1][1] > s[0][1]  # each image prefers its own text
+        image_right = s[0][0] > s[0][1] and s[1][1] > s[1][0]  # each text prefers its own image
+        both = text_right and image_right
+        assert found == {"image-to-text": text_right, "text-to-image": image_right, "group": both}
+
+
+def write_json(folder, items, **more):
+    (folder / "set.json").write_text(json.dumps({"items": items, **more}))
+    return folder / "set.json"
+
+
+def test_json_pairs_and_single_images(folder, tmp_path):
+    items = [
+        {"id": i.name, "category": i.category, "images": [str(p) for p in i.images],
+         "captions": list(i.captions)}
+        for i in pairsets.read_mmvp(folder)
+    ]  # fmt: skip
+    items.append(
+        {"id": "one", "image": items[0]["images"][0], "captions": ["a bird", "a tree", "a key"]}
+    )
+    file = write_json(tmp_path, items, name="mine", template="a photo of {}")
+    done = run("--benchmark", file, "--model", TOY, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stdout
+    for title in ("18 pairs, text-to-image", "18 pairs, image-to-text", "18 pairs, group",
+                  "1 single images, image-to-text"):  # fmt: skip
+        assert f"mine, {title}" in done.stdout
+    judge = Judge("toy", *load_clip(str(TOY)), torch.device("cpu"))
+    same = ev.score(judge, pairsets.read_mmvp(folder), "a photo of {}")
+    again = ev.score(judge, pairsets.read_json(file).items[:-1], "a photo of {}")
+    assert all(np.array_equal(same[task], again[task]) for task in same)
+
+
+PICTURE = {"image": "a.png", "captions": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("not json", "is not JSON"),
+        ("[]", 'has no "items"'),
+        ('{"items": []}', 'has no "items"'),
+        ({"items": [PICTURE], "template": "a photo"}, "has no {} for the caption"),
+        ({"items": [{**PICTURE, "id": 1}, {**PICTURE, "id": 1}]}, "its id appears twice"),
+        ({"items": [{"image": "a.png", "captions": ["x"]}]}, "one image two or more"),
+        ({"items": [{"images": ["a.png", "a.png"], "captions": list("xyz")}]}, "two captions"),
+        ({"items": [{"images": ["a.png"] * 3, "captions": list("xyz")}]}, "not 3"),
+        ({"items": [{"image": "a.png", "captions": "xy"}]}, "must be a list of texts"),
+        ({"items": [{"image": "a.png", "captions": ["x", ""]}]}, "must be a list of texts"),
+        ({"items": [{"image": "b.png", "captions": ["x", "y"]}]}, "b.png is missing"),
+    ],
+)
+def test_bad_json_sets_are_named(tmp_path, content, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    file = tmp_path / "set.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        pairsets.read_pair_set(file)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +385,9 @@ def test_command_on_a_folder(folder, tmp_path):
         (("--pairs", "many"), "invalid int value"),
         (("--pairs", "0"), "at least 1"),
         (("--runs", "nowhere"), "no enhanced model"),
+        (("--model", TOY, "--model", TOY), "named twice"),
+        (("--benchmark", "x", "--template", "a photo"), "put {} where the statement goes"),
+        (("--template", "{}"), "not for the toy's"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(arguments, message):
@@ -225,23 +396,30 @@ def test_wrong_input_is_one_line_and_exit_2(arguments, message):
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
 
 
-def test_a_broken_picture_is_named(folder):
+def test_a_broken_picture_is_named(folder, tmp_path):
     (folder / "MMVP_VLM_Images/Text/29.png").write_bytes(b"not a picture")
-    done = run("--benchmark", folder, "--model", toyworld.TOY_DIR / "clip.safetensors")
-    assert (
-        done.returncode == 2
-        and "29.png cannot be read" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    done = run("--benchmark", folder, "--model", TOY, "--runs", tmp_path)
+    assert done.returncode == 2 and "29.png cannot be read" in done.stderr
 
 
 def test_every_further_model_gets_its_own_picture_of_changed_pairs(tmp_path):
     """Two enhanced models beside the original: nobody's picture is overwritten."""
-    pairs = toyworld.benchmark(True, 1, seed=3)
-    before = np.zeros(len(pairs), dtype=bool)
+    items = ev.toy_items(True, 1, seed=3)
+    before = np.zeros(len(items), dtype=bool)
     after = {"a/enhanced": ~before, "b/enhanced": before.copy()}
     after["b/enhanced"][0] = True
-    ev.changed_pairs_pictures(pairs, {"original": before, **after}, tmp_path, "changed")
+    ev.changed_pictures(items, {"original": before, **after}, tmp_path, "changed")
     assert {p.name for p in tmp_path.iterdir()} == {"changed.png", "changed_b_enhanced.png"}
     wide, narrow = (Image.open(p).width for p in sorted(tmp_path.iterdir()))
     assert wide > narrow, "nine pairs won against one; at most five are shown"
+
+
+def test_the_interval_of_a_change_covers_as_often_as_it_says():
+    """Simulated: two models on the same 135 items, a true change of 5 points."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        won, lost = rng.multinomial(135, [0.12, 0.07, 0.81])[:2]
+        low, high = scoring.paired_interval(int(won), int(lost), 135)
+        covered += low <= 0.05 <= high
+    assert 0.93 < covered / 2000 < 0.975

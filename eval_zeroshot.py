@@ -1,0 +1,443 @@
+"""Retention: what did the enhancement cost? Zero-shot classification, retrieval, drift.
+
+    python eval_zeroshot.py --model ORIGINAL --model ENHANCED --classify FOLDER
+    python eval_zeroshot.py --model … --classify cifar100 --root DATA --captions captions.json
+    python eval_zeroshot.py --model … --classify FOLDER --probe --layers
+
+Post-training moves the image tower; the text tower stays. MMVP cannot notice when the two drift
+apart, since only two images compete there; a thousand class names can. The paper reports that
+nothing is lost (Tab. 3); users of the released weights found ImageNet accuracy nearly halved. So
+every figure here stands beside that of the first model, on the same pictures, with the interval of
+the *change* and the exact McNemar test.
+
+    --classify   class names against pictures: a folder with one directory per class, or cifar100,
+                 sun397, cars, imagenet as torchvision reads them from --root
+    --captions   image-text retrieval, recall@1/5/10 both ways: this project's captions.json,
+                 COCO's captions_*.json, Karpathy's dataset_flickr30k.json, or Flickr30k's csv
+    --probe      a linear probe on frozen features (with --classify): tells "the information is
+                 there" from "the text tower understands it"
+    --layers     where in the tower it moved
+
+Letters: K pictures, T texts, C classes, d width of the joint space.
+"""
+
+import argparse
+import csv
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+from torch import Tensor
+from tqdm import tqdm
+
+import toyworld
+from checkpoints import write_atomically
+from cli import OneLineParser, run_command
+from data import SUFFIXES
+from judge import Judge, default_models, load_judges, ridge_probe
+from scoring import mcnemar, paired_interval, plain_table, wilson_interval
+
+DATASETS = ("cifar100", "sun397", "cars", "imagenet")
+AT = (1, 5, 10)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures with classes
+# ------------------------------------------------------------------------------------------------
+@dataclass
+class Classes:
+    """Labelled pictures. `names`: class names (C); `labels`: int (K,)."""
+
+    title: str
+    pictures: list
+    labels: np.ndarray
+    names: list[str]
+
+
+def read_classes(source: str, root: str) -> Classes:
+    """A folder with one directory per class, or one of torchvision's data sets.
+
+    Raises: FileNotFoundError or ValueError naming what is missing.
+    """
+    if source in DATASETS:
+        return _torchvision(source, Path(root))
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"--classify {source}: no folder, and none of {', '.join(DATASETS)}"
+        )
+    classes = sorted(p for p in folder.iterdir() if p.is_dir())
+    if len(classes) < 2:
+        raise ValueError(
+            f"--classify {source}: needs a directory per class, at least two; found {len(classes)}"
+        )
+    pictures, labels = [], []
+    for label, directory in enumerate(classes):
+        files = sorted(p for p in directory.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not files:
+            raise ValueError(f"--classify {source}: class folder {directory.name} has no pictures")
+        pictures += files
+        labels += [label] * len(files)
+    names = [p.name.replace("_", " ") for p in classes]
+    return Classes(folder.name, pictures, np.array(labels), names)
+
+
+def _torchvision(name: str, root: Path) -> Classes:
+    """The test split as torchvision reads it from the disk; nothing is downloaded."""
+    import torchvision.datasets as tv
+
+    try:
+        if name == "cifar100":
+            data = tv.CIFAR100(str(root), train=False)
+            names = [n.replace("_", " ") for n in data.classes]
+            return Classes("CIFAR-100", list(data.data), np.array(data.targets), names)
+        if name == "sun397":
+            data = tv.SUN397(str(root))
+            names = [n.replace("_", " ").replace("/", " ") for n in data.classes]
+            return Classes("SUN397", list(data._image_files), np.array(data._labels), names)
+        if name == "cars":
+            data = tv.StanfordCars(str(root), split="test")
+            files, labels = zip(*data._samples, strict=True)
+            return Classes("Cars", list(files), np.array(labels), data.classes)
+        data = tv.ImageNet(str(root), split="val")
+        files, labels = zip(*data.samples, strict=True)
+        return Classes("IN-1K", list(files), np.array(labels), list(IMAGENET_CLASSNAMES))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(
+            f"--classify {name}: torchvision does not find it under --root {root} "
+            f"({' '.join(str(error).split())[:150]})"
+        ) from None
+
+
+def class_texts(judge: Judge, names: list[str], templates: list) -> Tensor:
+    """One direction per class: the mean of its prompts' unit vectors, made a unit vector again.
+    (C, d)"""
+    texts = [t(name) if callable(t) else t.format(name) for name in names for t in templates]
+    each = judge.texts(texts).view(len(names), len(templates), -1)  # (C, templates, d)
+    return F.normalize(each.mean(1), dim=-1)
+
+
+def prompts(kind: str) -> list:
+    """open_clip's ImageNet templates (80, or the 7 that do nearly as well), or one of your own."""
+    known = {"imagenet80": OPENAI_IMAGENET_TEMPLATES, "imagenet7": SIMPLE_IMAGENET_TEMPLATES}
+    if kind in known:
+        return list(known[kind])
+    if "{}" not in kind:
+        raise ValueError(
+            f"--template {kind!r}: imagenet80, imagenet7, or a text with {{}} for the class"
+        )
+    return [kind]
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures with captions
+# ------------------------------------------------------------------------------------------------
+@dataclass
+class Captions:
+    """Pictures and their captions. `owner`: picture of each caption, int (T,)."""
+
+    title: str
+    pictures: list[Path]
+    texts: list[str]
+    owner: np.ndarray
+
+
+def read_captions(source: str, images: str) -> Captions:
+    """The four formats named at the top of this file.
+
+    Args: images: folder of the pictures, if not the file's own.
+    Raises: FileNotFoundError or ValueError naming what is missing or of another shape.
+    """
+    file = Path(source)
+    if not file.is_file():
+        raise FileNotFoundError(f"--captions {source}: no such file")
+    folder = Path(images) if images else file.parent
+    shape = ValueError(
+        f"--captions {source}: none of the known formats: a list of {{file, captions}}, COCO's "
+        "{images, annotations}, Karpathy's {images: [{filename, sentences}]}, or a csv "
+        "image|number|comment"
+    )
+    if file.suffix == ".csv":
+        found = _captions_csv(file, shape)
+    else:
+        try:
+            found = _captions_json(json.loads(file.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"--captions {source} is not JSON ({error})") from None
+        except (KeyError, TypeError, AttributeError):
+            raise shape from None
+    found = {name: texts for name, texts in found.items() if texts}
+    if not found:
+        raise shape
+    pictures = [folder / name for name in found]
+    missing = next((p for p in pictures if not p.is_file()), None)
+    if missing:
+        raise FileNotFoundError(
+            f"--captions {source}: picture {missing} is missing; say where they are with --images"
+        )
+    texts = [text for group in found.values() for text in group]
+    owner = np.repeat(np.arange(len(found)), [len(group) for group in found.values()])
+    return Captions(file.stem, pictures, texts, owner)
+
+
+def _captions_json(content) -> dict[str, list[str]]:
+    """File name → its captions."""
+    if isinstance(content, list):
+        return {entry["file"]: list(entry["captions"]) for entry in content}
+    if "annotations" in content:  # COCO
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        found: dict[str, list[str]] = {name: [] for name in names.values()}
+        for annotation in content["annotations"]:
+            found[names[annotation["image_id"]]].append(annotation["caption"].strip())
+        return found
+    return {  # Karpathy's split: only its test part
+        image["filename"]: [s["raw"] for s in image["sentences"]]
+        for image in content["images"]
+        if image.get("split", "test") == "test"
+    }
+
+
+def _captions_csv(file: Path, shape: ValueError) -> dict[str, list[str]]:
+    """Flickr30k's results.csv: ``image_name| comment_number| comment``."""
+    found: dict[str, list[str]] = {}
+    with open(file, newline="", encoding="utf-8-sig") as handle:
+        for number, row in enumerate(csv.reader(handle, delimiter="|", quoting=csv.QUOTE_NONE)):
+            if number == 0 and "image" in row[0]:
+                continue
+            if len(row) < 3:
+                raise shape
+            found.setdefault(row[0].strip(), []).append("|".join(row[2:]).strip())
+    return found
+
+
+def retrieval_hits(images: Tensor, texts: Tensor, owner: np.ndarray) -> dict[str, np.ndarray]:
+    """Was the right one among the k nearest?
+
+    Args: images (K, d), texts (T, d): unit vectors; owner (T,).
+    Returns: "image@k": for each text (T,), its picture is among the k nearest pictures;
+        "text@k": for each picture (K,), one of its captions is among the k nearest captions.
+        A tie counts against: whoever scores as high as the right one stands before it.
+    """
+    similarity = (texts.double() @ images.double().T).numpy()  # (T, K)
+    own = similarity[np.arange(len(owner)), owner]  # (T,)
+    before = (similarity >= own[:, None]).sum(1) - 1  # other pictures at least as near
+    hits = {f"image@{k}": before < k for k in AT}
+    mine = owner[:, None] == np.arange(len(images))  # (T, K)
+    best = np.where(mine, similarity, -np.inf).max(0)  # (K,): its nearest own caption
+    rivals = ((similarity >= best) & ~mine).sum(0)  # captions of others at least as near
+    return hits | {f"text@{k}": rivals < k for k in AT}
+
+
+# ------------------------------------------------------------------------------------------------
+# What a model is asked
+# ------------------------------------------------------------------------------------------------
+def classify(judges: list[Judge], classes: Classes, templates: list) -> dict[str, dict]:
+    """Hits per picture by model and task: "top-1" and "top-5" where there are more than 5
+    classes."""
+    found = {}
+    for judge in tqdm(judges, classes.title, leave=False):
+        features = judge.images(classes.pictures)  # (K, d)
+        scores = features @ class_texts(judge, classes.names, templates).T  # (K, C)
+        own = scores[torch.arange(len(scores)), torch.from_numpy(classes.labels)]
+        before = ((scores >= own[:, None]).sum(1) - 1).numpy()  # a tie counts against
+        found[judge.name] = {f"{classes.title} top-1": before < 1}
+        if len(classes.names) > 5:
+            found[judge.name][f"{classes.title} top-5"] = before < 5
+    return found
+
+
+def probe(judges: list[Judge], classes: Classes, seed: int = 0) -> dict[str, dict]:
+    """Ridge regression on frozen features: every picture judged once by a probe that has not seen
+    it (two halves, each fitted on the other)."""
+    order = np.random.default_rng(seed).permutation(len(classes.labels))
+    halves = order[::2], order[1::2]
+    labels = torch.from_numpy(classes.labels)
+    found = {}
+    for judge in judges:
+        features = judge.images(classes.pictures)
+        hits = np.zeros(len(labels), bool)
+        for fit, test in (halves, halves[::-1]):
+            predicted = ridge_probe(features[fit], labels[fit], features[test])
+            hits[test] = (predicted == labels[test]).numpy()
+        found[judge.name] = {f"{classes.title} linear probe": hits}
+    return found
+
+
+def drift(judges: list[Judge], pictures: list, per_layer: bool) -> dict[str, dict]:
+    """Mean cosine to the first model's features; on request, to its mean token after each layer."""
+    first, *others = judges
+    base = first.images(pictures)
+    layers = first.layers(pictures) if per_layer else []
+    found = {}
+    for judge in others:
+        about = {"features": float(F.cosine_similarity(base, judge.images(pictures)).mean())}
+        if per_layer:
+            theirs = judge.layers(pictures)
+            if len(theirs) != len(layers) or theirs[0].shape != layers[0].shape:
+                raise ValueError(f"--layers: {judge.name} and {first.name} differ in shape")
+            about["layers"] = [
+                float(F.cosine_similarity(a, b).mean()) for a, b in zip(layers, theirs, strict=True)
+            ]
+        found[judge.name] = about
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Saying it
+# ------------------------------------------------------------------------------------------------
+def compare(hits: dict[str, dict[str, np.ndarray]]) -> list[dict]:
+    """Model → task → verdicts, as rows: one per task, every model against the first."""
+    first, rows = next(iter(hits)), []
+    for task in hits[first]:
+        n = len(hits[first][task])
+        row = {"task": task, "n": n, "models": {}}
+        for name in hits:
+            count = int(hits[name][task].sum())
+            low, high = wilson_interval(count, n)
+            entry = {"percent": 100 * count / n, "interval": [100 * low, 100 * high]}
+            if name != first:
+                won, lost, p = mcnemar(hits[first][task], hits[name][task])
+                low, high = paired_interval(won, lost, n)
+                entry |= {
+                    "change": 100 * (won - lost) / n,
+                    "change_interval": [100 * low, 100 * high],
+                    "won": won,
+                    "lost": lost,
+                    "p": p,
+                }
+            row["models"][name] = entry
+        rows.append(row)
+    return rows
+
+
+def table3(rows: list[dict]) -> str:
+    """Tab. 3's layout: a line a model, a column a task; below, the change and its interval."""
+    names = list(rows[0]["models"])
+    table = [["model", *(row["task"] for row in rows)]]
+    table.append(["n", *(str(row["n"]) for row in rows)])
+    for name in names:
+        table.append([name, *(f"{row['models'][name]['percent']:.1f}" for row in rows)])
+    for name in names[1:]:
+        cells, tests = [f"{name}: change [95 %]"], ["won/lost, McNemar p"]
+        for row in rows:
+            m = row["models"][name]
+            low, high = m["change_interval"]
+            cells.append(f"{m['change']:+.1f} [{low:+.1f}, {high:+.1f}]")
+            tests.append(f"{m['won']}/{m['lost']}, {m['p']:.2g}")
+        table += [cells, tests]
+    return plain_table("Retention (Tab. 3's layout), percent", table)
+
+
+def drift_text(found: dict[str, dict], first: str, n: int) -> str:
+    lines = []
+    for name, about in found.items():
+        lines.append(
+            f"{name}: mean cosine to {first}'s features on {n} pictures {about['features']:.4f}\n"
+        )
+        if "layers" in about:
+            values = " ".join(f"{v:.3f}" for v in about["layers"])
+            lines.append(f"{name}: after each layer, mean token: {values}\n")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command
+# ------------------------------------------------------------------------------------------------
+def command_line() -> argparse.Namespace:
+    summary, example = __doc__.split("\n\n")[:2]
+    parser = OneLineParser(
+        description=summary,
+        epilog=example,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", action="append", metavar="MODEL", help="as for eval_mmvp.py; repeat it")
+    add(
+        "--classify",
+        action="append",
+        default=[],
+        metavar="SET",
+        help=f"a folder with a directory per class, or {', '.join(DATASETS)}; repeat for more",
+    )
+    add("--root", default="data", help="where torchvision's data sets lie (default: data)")
+    add(
+        "--template",
+        default="imagenet80",
+        help="imagenet80, imagenet7, or a text with {} for the class (default: imagenet80)",
+    )
+    add(
+        "--captions",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="captions for retrieval, in one of four formats; repeat for more",
+    )
+    add("--images", default="", metavar="DIR", help="where the captions' pictures are")
+    add("--probe", action="store_true", help="linear probe beside each --classify")
+    add("--layers", action="store_true", help="drift after each layer of the image tower")
+    add("--runs", default="runs", help="where enhanced models are looked for (default: runs)")
+    add("--out", default="", metavar="DIR", help="where results go (default: RUNS/eval)")
+    add("--cache", default="", metavar="DIR", help="where features are kept (default: "
+        "RUNS/features; 'none': nowhere)")  # fmt: skip
+    args = parser.parse_args()
+    if not args.classify and not args.captions:
+        raise ValueError("nothing to do: give --classify SET, --captions FILE, or both")
+    if args.probe and not args.classify:
+        raise ValueError("--probe needs --classify: a probe is fitted to classes")
+    return args
+
+
+def main() -> None:
+    args = command_line()
+    templates = prompts(args.template)
+    sets = [read_classes(source, args.root) for source in args.classify]
+    captions = [read_captions(source, args.images) for source in args.captions]
+    models = args.model or default_models(Path(args.runs))
+    cache = None if args.cache == "none" else Path(args.cache or Path(args.runs) / "features")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    judges = load_judges(models, device, cache)
+    toy = any(isinstance(j.tokenizer, toyworld.ToyTokenizer) for j in judges)
+    if toy and args.template.startswith("imagenet"):
+        templates = [toyworld.PREFIX + " {}"]  # the toy's vocabulary knows no other
+    start = time.time()
+    hits: dict[str, dict] = {judge.name: {} for judge in judges}
+    for classes in sets:
+        for name, tasks in classify(judges, classes, templates).items():
+            hits[name] |= tasks
+        if args.probe:
+            for name, tasks in probe(judges, classes).items():
+                hits[name] |= tasks
+    for group in captions:
+        for judge in tqdm(judges, group.title, leave=False):
+            images, texts = judge.images(group.pictures), judge.texts(group.texts)
+            for task, verdict in retrieval_hits(images, texts, group.owner).items():
+                hits[judge.name][f"{group.title} {task}"] = verdict
+    rows = compare(hits)
+    pictures = [p for s in [*sets, *captions] for p in s.pictures]
+    moved = drift(judges, pictures, args.layers) if len(judges) > 1 else {}
+    text = table3(rows) + "\n" + drift_text(moved, judges[0].name, len(pictures))
+    about = {
+        "models": {j.name: m for j, m in zip(judges, models, strict=True)},
+        "template": args.template if not toy else templates,
+        "date": time.strftime("%Y-%m-%d"),
+        "device": str(device),
+        "torch": torch.__version__,
+        "seconds": round(time.time() - start, 1),
+        "rows": rows,
+        "drift": moved,
+    }
+    out = Path(args.out or Path(args.runs) / "eval")
+    print(text)
+    write_atomically(out / "zeroshot.json", json.dumps(about, indent=1))
+    write_atomically(out / "zeroshot.md", text)
+    print(f"written: {out}/zeroshot.json, zeroshot.md")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,326 @@
+"""eval_zeroshot.py: classification, retrieval, drift and probe, against loops written out."""
+
+import json
+import shlex
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import save_file
+from test_wrong_input import command
+
+import eval_zeroshot as ez
+import toyworld
+from backbones import load_clip
+from judge import Judge, ridge_probe
+from scoring import mcnemar
+
+TOY = toyworld.TOY_DIR / "clip.safetensors"
+CPU = torch.device("cpu")
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def run(*arguments):
+    words = [str(a).replace("{", "{{").replace("}", "}}") for a in arguments]
+    return command(shlex.join(["eval_zeroshot.py", *words]), {})
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Toy scenes in one folder per subject."""
+    folder = tmp_path_factory.mktemp("classes")
+    world = toyworld.ToyScenes(160, seed=5)
+    for i in range(160):
+        scene, pixels = world.scene(i)
+        (folder / scene.subject).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / scene.subject / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captions(classes):
+    """The same scenes with two captions each, in this project's format."""
+    world, entries = toyworld.ToyScenes(160, seed=5), []
+    for i in range(60):
+        scene, _ = world.scene(i)
+        rng = np.random.default_rng(i)
+        texts = [toyworld.caption(scene, rng, 0.5) for _ in range(2)]
+        entries.append({"file": f"{scene.subject}/{i:03d}.png", "captions": texts})
+    (classes / "captions.json").write_text(json.dumps(entries))
+    return classes / "captions.json"
+
+
+@pytest.fixture(scope="module")
+def enhanced(tmp_path_factory):
+    """The toy CLIP, its image tower shaken: something to compare with."""
+    folder = tmp_path_factory.mktemp("run") / "enhanced"
+    folder.mkdir()
+    clip, info = load_clip(str(TOY))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in clip.visual.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(info.open_clip_config()))
+    return folder
+
+
+# -- arithmetic ----------------------------------------------------------------------------------
+def by_hand(images, texts, owner, k):
+    """Recall written out, ties counting against."""
+    image, text = [], []
+    for t in range(len(texts)):
+        own = float(texts[t] @ images[owner[t]])
+        rivals = sum(
+            float(texts[t] @ images[i]) >= own for i in range(len(images)) if i != owner[t]
+        )
+        image.append(rivals < k)
+    for i in range(len(images)):
+        own = max(float(texts[t] @ images[i]) for t in range(len(texts)) if owner[t] == i)
+        rivals = sum(float(texts[t] @ images[i]) >= own for t in range(len(texts)) if owner[t] != i)
+        text.append(rivals < k)
+    return image, text
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recall_against_a_loop(seed):
+    torch.manual_seed(seed)
+    images = F.normalize(torch.randn(20, 6), dim=-1).double()
+    owner = np.repeat(np.arange(20), np.random.default_rng(seed).integers(1, 6, 20))
+    texts = F.normalize(images[owner] + 0.8 * torch.randn(len(owner), 6), dim=-1).double()
+    texts[3] = texts[0]  # a tie between two captions
+    hits = ez.retrieval_hits(images, texts, owner)
+    for k in (1, 5, 10):
+        image, text = by_hand(images, texts, owner, k)
+        assert hits[f"image@{k}"].tolist() == image and hits[f"text@{k}"].tolist() == text
+    assert 0 < hits["image@1"].mean() < 1
+
+
+def test_a_constant_encoder_retrieves_nothing():
+    hits = ez.retrieval_hits(torch.ones(30, 4), torch.ones(60, 4), np.repeat(np.arange(30), 2))
+    assert all(not verdict.any() for verdict in hits.values())
+
+
+def test_rows_are_a_paired_comparison():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(500) < 0.7, rng.random(500) < 0.6
+    row = ez.compare({"a": {"t": a}, "b": {"t": b}})[0]
+    won, lost, p = mcnemar(a, b)
+    m = row["models"]["b"]
+    assert (m["won"], m["lost"], m["p"]) == (won, lost, p)
+    low, high = m["change_interval"]
+    assert low < m["change"] < high and m["change"] == pytest.approx(100 * (b.mean() - a.mean()))
+    text = ez.table3([row])
+    assert "Tab. 3" in text and f"{won}/{lost}" in text
+
+
+def test_the_probe_is_ridge_regression():
+    torch.manual_seed(0)
+    x, labels = torch.randn(60, 5).double(), torch.randint(0, 3, (60,))
+    x[:, 0] += labels
+    test = torch.randn(9, 5).double()
+    centered = x - x.mean(0)
+    y = F.one_hot(labels, 3).double()
+    stacked = torch.cat([centered, 0.1 * torch.eye(5).double()])  # √0.01: ridge as augmented rows
+    target = torch.cat([y - y.mean(0), torch.zeros(5, 3).double()])
+    weights = torch.linalg.lstsq(stacked, target).solution
+    expected = ((test - x.mean(0)) @ weights + y.mean(0)).argmax(1)
+    assert torch.equal(ridge_probe(x, labels, test), expected)
+
+
+# -- the command ---------------------------------------------------------------------------------
+def test_both_sides_in_one_call(classes, captions, enhanced, tmp_path):
+    flags = ["--classify", classes, "--captions", captions, "--probe", "--layers"]
+    code, out = run("--model", TOY, "--model", enhanced, *flags, "--out", tmp_path)
+    assert code == 0, out
+    found = json.loads((tmp_path / "zeroshot.json").read_text())
+    tasks = [row["task"] for row in found["rows"]]
+    assert tasks[:3] == [f"{classes.name} {t}" for t in ("top-1", "top-5", "linear probe")]
+    assert tasks[3:] == [f"captions {way}@{k}" for way in ("image", "text") for k in (1, 5, 10)]
+    top1 = found["rows"][0]["models"]
+    assert top1["original"]["percent"] > 90, "the toy CLIP knows its subjects"
+    changed = next(m for name, m in top1.items() if name != "original")
+    assert changed["lost"] > 0 and changed["change_interval"][0] < changed["change"]
+    moved = next(iter(found["drift"].values()))
+    assert 0 < moved["features"] < 1 and len(moved["layers"]) == 4
+    assert moved["layers"][0] > moved["layers"][-1], "the shaking adds up over layers"
+
+    judge = Judge("x", *load_clip(str(TOY)), CPU)
+    read = ez.read_captions(str(captions), "")
+    assert len(read.pictures) == 60 and len(read.texts) == 120
+    images, texts = judge.images(read.pictures[:20]), judge.texts(read.texts[:40])
+    image, text = by_hand(images.double(), texts.double(), read.owner[:40], 1)
+    hits = ez.retrieval_hits(images, texts, read.owner[:40])
+    assert hits["image@1"].tolist() == image and hits["text@1"].tolist() == text
+
+
+def test_a_second_call_is_answered_from_the_cache(classes, tmp_path):
+    flags = ["--model", TOY, "--classify", classes, "--cache", tmp_path / "f", "--out", tmp_path]
+    assert run(*flags)[0] == 0
+    first = json.loads((tmp_path / "zeroshot.json").read_text())["rows"]
+    files = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()}
+    assert len(files) == 2 and run(*flags)[0] == 0
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()} == files
+    assert json.loads((tmp_path / "zeroshot.json").read_text())["rows"] == first
+
+
+def test_class_directions_are_means_over_prompts():
+    judge = Judge("x", *load_clip(str(TOY)), CPU)
+    templates = ["a photo of {}", "{}"]
+    found = ez.class_texts(judge, ["bird", "key"], templates)
+    for i, name in enumerate(("bird", "key")):
+        each = judge.texts([t.format(name) for t in templates])
+        assert torch.allclose(found[i], F.normalize(each.mean(0), dim=0), atol=1e-6)
+    assert len(ez.prompts("imagenet80")) == 80 and len(ez.prompts("imagenet7")) == 7
+    assert callable(ez.prompts("imagenet80")[0])
+
+
+# -- formats -------------------------------------------------------------------------------------
+def test_four_formats_of_captions_are_one(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    texts = {"a.jpg": ["one, two", "three"], "b.jpg": ["four | five"]}
+    (tmp_path / "own.json").write_text(
+        json.dumps([{"file": k, "captions": v} for k, v in texts.items()])
+    )
+    coco = {
+        "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 9, "file_name": "b.jpg"}],
+        "annotations": [
+            {"image_id": i, "caption": c} for i, k in ((9, "b.jpg"), (7, "a.jpg")) for c in texts[k]
+        ],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    karpathy = [
+        {"filename": k, "split": "test", "sentences": [{"raw": c} for c in v]}
+        for k, v in texts.items()
+    ]
+    karpathy.append({"filename": "c.jpg", "split": "train", "sentences": [{"raw": "x"}]})
+    (tmp_path / "karpathy.json").write_text(json.dumps({"images": karpathy}))
+    lines = ["image_name| comment_number| comment"]
+    lines += [f"{k}| {n}| {c}" for k, v in texts.items() for n, c in enumerate(v)]
+    (tmp_path / "results.csv").write_text("\n".join(lines))
+    for name in ("own.json", "coco.json", "karpathy.json", "results.csv"):
+        found = ez.read_captions(str(tmp_path / name), "")
+        assert [p.name for p in found.pictures] == ["a.jpg", "b.jpg"], name
+        assert found.texts == ["one, two", "three", "four | five"]
+        assert found.owner.tolist() == [0, 0, 1]
+
+
+def test_cifar100_as_torchvision_reads_it(tmp_path, monkeypatch):
+    import torchvision.datasets as tv
+
+    class Fake:
+        def __init__(self, root, train):
+            self.data = np.zeros((3, 32, 32, 3), np.uint8)
+            self.targets, self.classes = [0, 1, 1], ["maple_tree", "ray"]
+
+    monkeypatch.setattr(tv, "CIFAR100", Fake)
+    found = ez.read_classes("cifar100", str(tmp_path))
+    assert found.names == ["maple tree", "ray"] and found.labels.tolist() == [0, 1, 1]
+    assert len(found.pictures) == 3 and found.title == "CIFAR-100"
+
+
+# -- real photographs ----------------------------------------------------------------------------
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the photographs in ../shared/data are not here")
+def test_real_photographs_end_to_end(tmp_path):
+    """A CLIP with the real vocabulary and random weights: figures mean nothing, the path is whole.
+    Recall by hand on 20 images equals the command's."""
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2,
+                       "head_width": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2,
+                     "layers": 1},
+    }  # fmt: skip
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        torch.manual_seed(ord(name))
+        clip = open_clip.CLIP(**config)
+        save_file(clip.state_dict(), tmp_path / name / "open_clip_model.safetensors")
+        about = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        text = json.dumps({"model_cfg": config, "preprocess_cfg": about})
+        (tmp_path / name / "open_clip_config.json").write_text(text)
+    entries = json.loads((SHARED / "captions.json").read_text())[:20]
+    (tmp_path / "twenty.json").write_text(json.dumps(entries))
+    for i, entry in enumerate(entries):
+        (tmp_path / "classes" / f"kind_{i % 3}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(SHARED / entry["file"], tmp_path / "classes" / f"kind_{i % 3}")
+    models = ["--model", tmp_path / "a", "--model", tmp_path / "b"]
+    sets = ["--classify", tmp_path / "classes", "--captions", tmp_path / "twenty.json"]
+    more = ["--captions", SHARED / "captions.json", "--images", SHARED]
+    code, out = run(*models, *sets, *more, "--out", tmp_path, "--cache", tmp_path / "f")
+    assert code == 0, out
+    rows = json.loads((tmp_path / "zeroshot.json").read_text())["rows"]
+    found = {row["task"]: row["models"] for row in rows}
+    assert next(r["n"] for r in rows if r["task"] == "captions text@1") == 83
+    judge = Judge("a", *load_clip(str(tmp_path / "a")), CPU)
+    read = ez.read_captions(str(tmp_path / "twenty.json"), str(SHARED))
+    images, texts = judge.images(read.pictures).double(), judge.texts(read.texts).double()
+    for k in (1, 5, 10):
+        image, text = by_hand(images, texts, read.owner, k)
+        name = next(iter(found["twenty image@1"]))
+        assert found[f"twenty image@{k}"][name]["percent"] == pytest.approx(100 * np.mean(image))
+        assert found[f"twenty text@{k}"][name]["percent"] == pytest.approx(100 * np.mean(text))
+
+
+# -- mistakes ------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory):
+    here = tmp_path_factory.mktemp("spoilt")
+    for folder in ("empty", "one/a", "hollow/a", "hollow/b", "broken/a", "broken/b"):
+        (here / folder).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(here / "one" / "a" / "x.png")
+    Image.new("RGB", (8, 8)).save(here / "hollow" / "a" / "x.png")
+    Image.new("RGB", (8, 8)).save(here / "broken" / "a" / "x.png")
+    (here / "broken" / "b" / "y.png").write_bytes(b"no picture")
+    for name, content in {
+        "no.json": "nothing",
+        "list.json": '[{"picture": "x.png"}]',
+        "empty.json": "[]",
+        "number.json": "7",
+        "missing.json": '[{"file": "x.png", "captions": ["a"]}]',
+        "coco.json": '{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}',
+        "short.csv": "image|caption\nx.png|a\n",
+    }.items():
+        (here / name).write_text(content)
+    return here
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("", "nothing to do: give --classify"),
+        ("--captions x --probe", "--probe needs --classify"),
+        ("--classify {s}/nowhere", "no folder, and none of"),
+        ("--classify {s}/empty", "needs a directory per class"),
+        ("--classify {s}/one", "at least two; found 1"),
+        ("--classify {s}/hollow", "class folder b has no pictures"),
+        ("--classify {s}/broken", "y.png cannot be read"),
+        ("--classify cifar100 --root {s}", "torchvision does not find it"),
+        ("--classify imagenet --root {s}", "torchvision does not find it"),
+        ("--classify {s}/broken --template bird", "with {} for the class"),
+        ("--captions {s}/nowhere.json", "no such file"),
+        ("--captions {s}/no.json", "is not JSON"),
+        ("--captions {s}/list.json", "none of the known formats"),
+        ("--captions {s}/empty.json", "none of the known formats"),
+        ("--captions {s}/number.json", "none of the known formats"),
+        ("--captions {s}/coco.json", "none of the known formats"),
+        ("--captions {s}/short.csv", "none of the known formats"),
+        ("--captions {s}/missing.json", "say where they are with --images"),
+        ("--clasify x", "did you mean --classify?"),
+        ("--classify {s}/broken --model ViT-X:openai", "not an open_clip model name"),
+        ("--classify {s}/broken --model {s}/empty", "is missing"),
+    ],
+)
+def test_one_line_and_exit_2(spoilt, line, words):
+    line = line.replace("{s}", str(spoilt))
+    model = [] if "--model" in line else ["--model", str(TOY)]
+    code, out = run(*shlex.split(line), *model, "--runs", spoilt)
+    said = [part for part in out.replace("\r", "\n").splitlines() if words in part]
+    assert code == 2 and len(said) == 1 and "Traceback" not in out, out
+    assert said[0].startswith("eval_zeroshot.py: ")
