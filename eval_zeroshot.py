@@ -221,7 +221,8 @@ def retrieval_hits(images: Tensor, texts: Tensor, owner: np.ndarray) -> dict[str
     Args: images (K, d), texts (T, d): unit vectors; owner (T,).
     Returns: "image@k": for each text (T,), its picture is among the k nearest pictures;
         "text@k": for each picture (K,), one of its captions is among the k nearest captions.
-        A tie counts against: whoever scores as high as the right one stands before it.
+        A tie counts against: whoever scores as high as the right one stands before it. (So does a
+        caption that two pictures share word for word.)
     """
     similarity = (texts.double() @ images.double().T).numpy()  # (T, K)
     own = similarity[np.arange(len(owner)), owner]  # (T,)

@@ -23,6 +23,7 @@ Letters: B batch, S subjects, L caption length in tokens. Images are float RGB i
 """
 
 import csv
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -404,9 +405,28 @@ def write_benchmark(pairs: list[Pair], folder: str | Path) -> None:
                 Image.fromarray(pixels).save(target / f"{number}.png")
 
 
+def write_classes(folder: str | Path, count: int = 1000, seed: int = 1_618_033) -> None:
+    """Scenes that no run has trained on, as a classification folder (class = subject) with
+    captions.json beside: one caption a scene, saying all that captions of its subject ever say.
+    A caption that an earlier scene has is left out: nobody could tell whose it is."""
+    folder, world, entries, said = Path(folder), ToyScenes(count, seed), [], set()
+    for i in range(count):
+        scene, pixels = world.scene(i)
+        name = f"{scene.subject}/{i:04d}.png"
+        (folder / scene.subject).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name)
+        text = caption(scene, np.random.default_rng([seed, i]), mention_probability=1.0)
+        if text not in said:
+            said.add(text)
+            entries.append({"file": name, "captions": [text]})
+    (folder / "captions.json").write_text(json.dumps(entries, indent=0))
+
+
 USAGE = """usage: python toyworld.py pretrain [FLAGS]    make toy/ again (flags: pretrain --help)
        python toyworld.py benchmark FOLDER   write the pairs on unmentioned subjects to disk,
                                              in MMVP-VLM's format
+       python toyworld.py classes FOLDER     write 1000 unseen scenes, a folder per subject, and
+                                             captions.json: what eval_zeroshot.py reads
        python toyworld.py picture FILE.png   draw one pair per pattern"""
 
 
@@ -438,13 +458,17 @@ def main() -> None:
     elif command == "benchmark" and len(rest) == 1:
         write_benchmark(benchmark(mentioned=False), rest[0])
         print(f"written: {rest[0]}/Questions.csv, {rest[0]}/MMVP_VLM_Images")
+    elif command == "classes" and len(rest) == 1:
+        write_classes(rest[0])
+        print(f"written: {rest[0]}, a folder per subject and captions.json")
     elif command == "picture" and len(rest) == 1:
         draw_patterns(Path(rest[0]))
     elif command in ("-h", "--help"):
         print(USAGE)
     else:
         raise ValueError(
-            "expected 'pretrain', 'benchmark FOLDER' or 'picture FILE.png'; see --help"
+            "expected 'pretrain', 'benchmark FOLDER', 'classes FOLDER' or 'picture FILE.png'; see "
+            "--help"
         )
 
 
