@@ -145,7 +145,7 @@ def test_both_sides_in_one_call(classes, captions, enhanced, tmp_path):
 
     judge = Judge("x", *load_clip(str(TOY)), CPU)
     read = ez.read_captions(str(captions), "")
-    assert len(read.pictures) == 60 and len(read.texts) == 120
+    assert len(read.texts) == 2 * len(read.pictures) > 80
     images, texts = judge.images(read.pictures[:20]), judge.texts(read.texts[:40])
     image, text = by_hand(images.double(), texts.double(), read.owner[:40], 1)
     hits = ez.retrieval_hits(images, texts, read.owner[:40])

@@ -113,6 +113,13 @@ def test_flags_named_anywhere_exist():
             "run",
             "out",
             "max-restarts",
+            "template",
+            "doubts",
+            "classify",
+            "captions",
+            "images",
+            "probe",
+            "layers",
             "only",
             "eval_only",
             "help",
@@ -164,7 +171,19 @@ def test_links_and_pictures_exist():
             assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["toy_seeds", "perceiver", "side_by_side", "condition", "plans"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "toy_seeds",
+        "perceiver",
+        "side_by_side",
+        "condition",
+        "plans",
+        "drift_study",
+        "selection_study",
+        "retention",
+    ],
+)
 def test_result_figures_are_those_of_the_benchmark_files(name):
     """The tables in the README are the committed output of the commands beside them, to the
     letter; of the discrete denoiser's, the one on mentioned subjects is only linked."""
