@@ -104,7 +104,7 @@ def curve(rows: list[dict], file: Path) -> None:
     x0, x1, y0, y1 = min(xs) - 0.5, max(xs) + 0.5, min(ys) - 0.5, max(ys) + 0.5
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = left + (x - x0) / (x1 - x0) * (width - left - 20)
+        across = left + (x - x0) / (x1 - x0) * (width - left - 100)
         return across, height - bottom - (y - y0) / (y1 - y0) * (height - bottom - 20)
 
     for x in range(int(np.ceil(x0)), int(x1) + 1, max(1, round((x1 - x0) / 8))):

@@ -116,6 +116,7 @@ def test_flags_named_anywhere_exist():
             "template",
             "doubts",
             "classify",
+            "root",
             "captions",
             "images",
             "probe",
