@@ -409,9 +409,9 @@ def published_config(path: str | Path, config: AutoencoderConfig) -> Autoencoder
     with safe_open(path, "pt") as file:
         if text := (file.metadata() or {}).get("autoencoder"):
             return config_from_text(text, type(config), path)
-        if isinstance(config, VQGANConfig) and "quantize.embedding.weight" in file.keys():  # noqa: SIM118
-            codes = file.get_slice("quantize.embedding.weight").get_shape()[0]
-            return replace(config, codes=codes)
+        codebook, names = "quantize.embedding.weight", set(file.keys())
+        if isinstance(config, VQGANConfig) and codebook in names:
+            return replace(config, codes=file.get_slice(codebook).get_shape()[0])
     return config
 
 

@@ -43,11 +43,6 @@ def pair_verdicts(images: Tensor, texts: Tensor) -> dict[str, np.ndarray]:
     return {"text-to-image": t2i, "image-to-text": i2t, "group": t2i & i2t}
 
 
-def pair_hits(images: Tensor, texts: Tensor) -> np.ndarray:
-    """MMVP's rule alone."""
-    return pair_verdicts(images, texts)["text-to-image"]
-
-
 def wilson_interval(hits: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """95 % confidence interval of a proportion that stays honest near 0 and 1. Returns
     fractions."""

@@ -25,6 +25,11 @@ from backbones import load_clip
 from judge import Judge, load_judges
 
 
+def pair_hits(images, texts):
+    """MMVP's rule."""
+    return scoring.pair_verdicts(images, texts)["text-to-image"]
+
+
 # -- scoring -------------------------------------------------------------------------------------
 def by_hand(similarity):
     """similarity[text][image], written out: each text must strictly prefer its own image."""
@@ -40,7 +45,7 @@ def test_equals_a_by_hand_scorer_ties_included():
         # Small integers make ties frequent. Unit texts e0, e1 read the images' coordinates.
         values = [[rng.randint(0, 2) for _ in range(2)] for _ in range(2)]
         images = torch.tensor(values, dtype=torch.float32).T[None]  # (1, image, text coordinate)
-        hit = bool(scoring.pair_hits(images, torch.eye(2)[None])[0])
+        hit = bool(pair_hits(images, torch.eye(2)[None])[0])
         assert hit == by_hand(values)
         seen.add(hit)
     assert seen == {True, False}
@@ -48,13 +53,13 @@ def test_equals_a_by_hand_scorer_ties_included():
 
 def test_constant_encoder_scores_zero():
     one = F.normalize(torch.ones(50, 2, 8), dim=-1)
-    assert scoring.pair_hits(one, F.normalize(torch.randn(50, 2, 8), dim=-1)).sum() == 0
-    assert scoring.pair_hits(F.normalize(torch.randn(50, 2, 8), dim=-1), one).sum() == 0
+    assert pair_hits(one, F.normalize(torch.randn(50, 2, 8), dim=-1)).sum() == 0
+    assert pair_hits(F.normalize(torch.randn(50, 2, 8), dim=-1), one).sum() == 0
 
 
 def test_chance_is_a_quarter():
     features = F.normalize(torch.randn(10_000, 4, 64), dim=-1)
-    assert 0.23 < scoring.pair_hits(features[:, :2], features[:, 2:]).mean() < 0.27
+    assert 0.23 < pair_hits(features[:, :2], features[:, 2:]).mean() < 0.27
 
 
 # -- statistics ----------------------------------------------------------------------------------
