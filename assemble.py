@@ -27,14 +27,26 @@ from shards import ShardIndex, is_shard_pattern
 from toyworld import ToyScenes
 
 
-def seed_of(*numbers: int) -> int:
+PURPOSES = (
+    "denoiser",  # the denoiser's and projectors' first weights
+    "toy scenes",
+    "LoRA",  # its A matrices, by stage
+    "dropout",  # LoRA's, by stage, step, piece and rank
+    "order",  # of the images, by stage
+    "masked count",  # M, common to all images of a step: by stage and step
+    "image",  # noise, t and mask of one image: by stage and position
+)
+
+
+def seed_of(purpose: str, *numbers: int) -> int:
     """A 62-bit seed that mixes all numbers well: near seeds give unrelated streams.
 
-    All randomness comes from here. Who draws what: (seed, 1) the denoiser's weights, 2 the toy
-    scenes, 3 LoRA's matrices, 4 LoRA's dropout, 5 the order of images, 6 the number of masked
-    tokens of a step, and (seed, stage, position) the noise, t and mask of one image.
+    All randomness of a run comes from here, so a stream belongs to one purpose and to no other.
+    The count of numbers goes in with them, because NumPy pads with zeros: without it, (7, 1) and
+    (7, 1, 0) would be one seed. Raises: ValueError for a purpose that is not in `PURPOSES`.
     """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
+    words = (PURPOSES.index(purpose), len(numbers), *numbers)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 2)
 
 
 def build_model(settings: Settings, place: Place) -> tuple[torch.nn.Module, GenHancer]:
@@ -56,7 +68,7 @@ def build_model(settings: Settings, place: Place) -> tuple[torch.nn.Module, GenH
     clip, info = load_clip(settings.clip)
     tokenizer = load_vae(settings.vae) if continuous else load_vqgan(settings.vqgan)
     # Whatever loading drew from the global generator, the denoiser starts from this seed.
-    torch.manual_seed(seed_of(settings.seed, 1))
+    torch.manual_seed(seed_of("denoiser", settings.seed))
     if settings.flux:
         denoiser = load_flux(settings.flux, torch.bfloat16 if place.autocast else torch.float32)
     elif continuous:
@@ -177,7 +189,7 @@ def build_data(settings: Settings, model: GenHancer, place: Place) -> Dataset:
             settings.crop_white,
         )
     elif settings.preset == "toy":
-        dataset = ToyScenes(settings.toy_images, seed=seed_of(settings.seed, 2))
+        dataset = ToyScenes(settings.toy_images, seed=seed_of("toy scenes", settings.seed))
     else:
         raise ValueError(
             f"--data is missing: preset {settings.preset} needs a folder of images, a list of "

@@ -134,21 +134,28 @@ def random_resized_crop(
     """torchvision's RandomResizedCrop(size, scale=(scale_min, 1), bicubic), from a generator of
     ours.
 
-    Ten tries at a box with the drawn area and aspect ratio; else the largest central box whose
-    ratio is within [3/4, 4/3]. No flip: a mirrored "facing left" would teach the opposite.
+    Ten tries at a box with the drawn area and aspect ratio; else the largest box in the middle
+    whose ratio is within [3/4, 4/3]. (With scale_min 0.9 no photograph of 3 : 2 ever fits, so it
+    always loses the same two edges.) No flip: a mirrored "facing left" would teach the opposite.
     """
-    width, height = image.size
+    left, top, w, h = crop_box(image.size, scale_min, rng)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+
+
+def crop_box(
+    picture: tuple[int, int], scale_min: float, rng: np.random.Generator
+) -> tuple[float, float, int, int]:
+    """Left, top, width and height of the crop of a `picture` (width, height)."""
+    width, height = picture
     low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(10):
         area = width * height * rng.uniform(scale_min, 1.0)
         ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            break
-    else:
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    left, top = (width - w) * rng.random(), (height - h) * rng.random()
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+            return (width - w) * rng.random(), (height - h) * rng.random(), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 class Pictures(Dataset):

@@ -146,7 +146,7 @@ def run_stage(
     The two stages share every line of the loop; they differ in who requires a gradient.
     """
     steps, folder = (settings.stage1_steps, settings.stage2_steps)[stage - 1], run / f"stage{stage}"
-    torch.manual_seed(seed_of(settings.seed, 3, stage))  # LoRA's A matrices, alike on every rank
+    torch.manual_seed(seed_of("LoRA", settings.seed, stage))  # A matrices, alike on every rank
     # A checkpoint holds only what trains. These hashes say what it was trained against.
     frozen = {
         "clip": ckpt.fingerprint(model.visual),
@@ -216,7 +216,7 @@ def run_stage(
         micro,
         place.rank,
         place.ranks,
-        seed_of(settings.seed, 5, stage),
+        seed_of("order", settings.seed, stage),
         start,
     )
     stream = batches(dataset, sampler, settings.workers)
@@ -346,11 +346,12 @@ def add_gradients(
         }
         # Noise, t and masks belong to the image, the number of masked tokens to the step: however
         # many ranks and pieces there are. What is left to chance is LoRA's dropout.
-        seeds = [seed_of(settings.seed, stage, position) for position in batch["position"]]
-        shared = torch.Generator().manual_seed(seed_of(settings.seed, 6, stage, step))
+        seeds = [seed_of("image", settings.seed, stage, p) for p in batch["position"]]
+        seed = seed_of("masked count", settings.seed, stage, step)
+        shared = torch.Generator().manual_seed(seed)
         draws = model.draw([torch.Generator().manual_seed(s) for s in seeds], shared)
         draws = {k: v.to(place.device, non_blocking=True) for k, v in draws.items()}
-        torch.manual_seed(seed_of(settings.seed, 4, stage, step, piece, place.rank))
+        torch.manual_seed(seed_of("dropout", settings.seed, stage, step, piece, place.rank))
         # Gradients are exchanged once a step, on its last piece; until then they only add up.
         last = piece == accumulation - 1
         quiet = wrapped.no_sync() if place.ranks > 1 and not last else contextlib.nullcontext()

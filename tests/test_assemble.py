@@ -1,5 +1,7 @@
 """assemble.py: the same model from the same settings, whatever happened before; seeds that mix."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -28,6 +30,15 @@ def test_every_rank_builds_the_same(denoiser):
 
 
 def test_seeds_are_repeatable_and_far_apart():
-    seeds = {assemble.seed_of(s, stage, p) for s in range(5) for stage in (1, 2) for p in range(99)}
-    assert len(seeds) == 5 * 2 * 99 and all(0 <= s < 2**62 for s in seeds)
-    assert assemble.seed_of(1, 2, 3) == assemble.seed_of(1, 2, 3) != assemble.seed_of(2, 1, 3)
+    seeds = {
+        assemble.seed_of(purpose, s, *more)
+        for purpose in assemble.PURPOSES
+        for s in range(5)
+        # NumPy pads with zeros: (s,), (s, 0) and (s, 0, 0) must differ all the same
+        for more in [(), *itertools.product(range(4)), *itertools.product(range(4), range(9))]
+    }
+    assert len(seeds) == len(assemble.PURPOSES) * 5 * (1 + 4 + 36)
+    assert all(0 <= s < 2**62 for s in seeds)
+    assert assemble.seed_of("LoRA", 2, 3) == assemble.seed_of("LoRA", 2, 3)
+    with pytest.raises(ValueError):
+        assemble.seed_of("lora", 2)

@@ -118,6 +118,21 @@ def test_crop_area_stays_in_range():
     assert areas.min() > 0.85 and areas.max() < 1.03 and areas.std() > 0.01
 
 
+@pytest.mark.parametrize("size", [(600, 400), (400, 600), (1000, 300), (300, 1000), (640, 480)])
+def test_pictures_too_wide_or_tall_get_torchvisions_central_box(size):
+    """No box of nine tenths with a ratio within [3/4, 4/3] fits into 3 : 2, so the box is
+    torchvision's own fallback, whatever the generator draws."""
+    from torchvision.transforms import RandomResizedCrop
+
+    theirs = RandomResizedCrop.get_params(Image.new("L", size), (0.9, 1.0), (3 / 4, 4 / 3))
+    boxes = {data.crop_box(size, 0.9, np.random.default_rng(i)) for i in range(50)}
+    if size == (640, 480):
+        assert len(boxes) > 1, "4 : 3 leaves room to draw"
+    else:
+        top, left, height, width = theirs
+        assert boxes == {(left, top, width, height)}
+
+
 def test_unreadable_is_replaced_and_named(tmp_path):
     folder = write_images(tmp_path, 3)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:40])
