@@ -26,7 +26,6 @@ from settings import Settings
 from shards import ShardIndex, is_shard_pattern
 from toyworld import ToyScenes
 
-
 PURPOSES = (
     "denoiser",  # the denoiser's and projectors' first weights
     "toy scenes",
