@@ -1,7 +1,7 @@
 """Images in, batches out: the same global batch whatever the number of ranks.
 
 GenHancer trains on pictures alone (Alg. 1: "image-only training dataset D without annotations"), so
-a data set here is a folder, a list of files or tar shards (shards.py), and nothing else.
+a data set here is a folder, a list of files or tar shards (training/shards.py), and nothing else.
 
 Three promises, because a run that cannot be repeated cannot be believed:
 
@@ -14,20 +14,20 @@ Three promises, because a run that cannot be repeated cannot be believed:
    the name is reported, and more than 5 % of them end the run.
 
 Conventions: images leave as float RGB (3, size, size) in [0, 1]; the normalisations are the model's
-business. Beside this file, copy shards.py.
+business. This module imports nothing of this project.
 """
 
 import io
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
-
-from shards import ShardIndex
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 # What a damaged picture makes Pillow raise.
@@ -73,8 +73,16 @@ def find_images(source: str | Path) -> list[Path]:
     return files
 
 
+class Source(Protocol):
+    """Where encoded pictures come from: a `FileList`, or the index of tar shards."""
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str: ...
+    def read(self, index: int) -> bytes: ...
+
+
 class FileList:
-    """Files by number; the counterpart of `ShardIndex`."""
+    """Files by number."""
 
     def __init__(self, files: list[Path]):
         self.files = files
@@ -165,14 +173,15 @@ class Pictures(Dataset):
     matter which worker of which rank makes it.
 
     Args:
-        source: anything with a length, `name(index)` and `read(index)`: FileList or ShardIndex.
+        source: the encoded pictures by number.
+        scale_min: smallest area of the crop, as a share of the picture.
         crop_white: cut off the white bars of letterboxed pictures.
     Raises: ValueError where not one image in a row of 20 can be read.
     """
 
     def __init__(
         self,
-        source: FileList | ShardIndex,
+        source: Source,
         size: int,
         scale_min: float = 0.9,
         seed: int = 0,
@@ -212,41 +221,45 @@ class Pictures(Dataset):
 # ------------------------------------------------------------------------------------------------
 # Order
 # ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch is this process's, and in pieces of what size."""
+
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    ranks: int = 1
+
+
 class MicroBatches(Sampler[list[tuple[int, Key]]]):
     """One rank's micro-batches, from `start_step` on, without end.
 
     Global batch s covers positions s·G … s·G + G − 1 of the endless stream of shuffled epochs. It
     is cut into G / micro pieces, dealt to the ranks in turn. Yields lists of (position, key).
 
+    Args: length: of the data set; seed: of the order.
     Raises: ValueError where the global batch does not divide evenly.
     """
 
-    def __init__(
-        self,
-        length: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        ranks: int = 1,
-        seed: int = 0,
-        start_step: int = 0,
-    ):
-        if global_batch % (micro_batch * ranks):
+    def __init__(self, length: int, share: Share, seed: int = 0, start_step: int = 0):
+        together = share.micro_batch * share.ranks
+        if share.global_batch % together:
             raise ValueError(
-                f"global batch {global_batch} is no multiple of micro_batch {micro_batch} × "
-                f"{ranks} ranks"
+                f"global batch {share.global_batch} is no multiple of micro_batch "
+                f"{share.micro_batch} × {share.ranks} ranks"
             )
-        self.length, self.global_batch, self.micro = length, global_batch, micro_batch
-        self.rank, self.ranks, self.seed, self.start_step = rank, ranks, seed, start_step
-        self.accumulation = global_batch // (micro_batch * ranks)
+        self.length, self.share, self.seed, self.start_step = length, share, seed, start_step
+        self.accumulation = share.global_batch // together
 
     def __iter__(self) -> Iterator[list[tuple[int, Key]]]:
-        step, epoch, order = self.start_step, -1, None
+        share, epoch, order = self.share, -1, None
+        step = self.start_step
         while True:
             for piece in range(self.accumulation):
-                first = step * self.global_batch + (piece * self.ranks + self.rank) * self.micro
+                turn = piece * share.ranks + share.rank
+                first = step * share.global_batch + turn * share.micro_batch
                 batch = []
-                for position in range(first, first + self.micro):
+                for position in range(first, first + share.micro_batch):
                     if position // self.length != epoch:
                         epoch = position // self.length
                         order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
@@ -271,14 +284,17 @@ class _Positioned(Dataset):
 
 
 def collate(items: list[dict]) -> dict:
-    """Stack tensors; keep names, positions and unreadable files as lists."""
+    """Stack tensors, also those one dictionary down; keep names, positions and unreadable files as
+    lists."""
     failed = [item for item in items if "failed" in item]
     if failed:
         return failed[0]
     batch = {}
     for field, value in items[0].items():
         values = [item[field] for item in items]
-        batch[field] = torch.stack(values) if isinstance(value, torch.Tensor) else values
+        if isinstance(value, torch.Tensor):
+            values = torch.stack(values)
+        batch[field] = collate(values) if isinstance(value, dict) else values
     return batch
 
 
@@ -301,14 +317,15 @@ def batches(dataset: Dataset, sampler: MicroBatches, workers: int = 0) -> Iterat
         yield batch
 
 
-class FrozenCache(Dataset):
-    """A data set held in memory together with what the frozen networks make of it.
+class CachedPictures(Dataset):
+    """A data set held in memory together with what the networks that do not train make of it.
 
     Worth it where the same few thousand images are seen many times, as in the toy world: encoding
     an image costs more than a training step on it. Every image keeps the crop of its first epoch.
 
     Args:
-        dataset: what to hold; encode: images (B, 3, H, W) in [0, 1] → {name: (B, …)}.
+        dataset: what to hold.
+        encode: images (B, 3, H, W) in [0, 1] → {name: (B, …)}; comes back under "cached".
         progress: wraps the iterable of chunks (a progress bar).
     """
 
@@ -323,7 +340,7 @@ class FrozenCache(Dataset):
             self.names += [item["name"] for item in items]
             self.unreadable += [item.get("unreadable", []) for item in items]
         self.images = torch.cat(images)
-        self.frozen = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+        self.cached = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -334,5 +351,5 @@ class FrozenCache(Dataset):
             "image": self.images[index].float() / 255,
             "name": self.names[index],
             "unreadable": self.unreadable[index],
-            **{f"frozen/{k}": v[index] for k, v in self.frozen.items()},
+            "cached": {k: v[index] for k, v in self.cached.items()},
         }

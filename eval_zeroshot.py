@@ -21,7 +21,6 @@ the *change* and the exact McNemar test.
 Letters: K pictures, T texts, C classes, d width of the joint space.
 """
 
-import argparse
 import csv
 import json
 import time
@@ -35,15 +34,16 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMA
 from torch import Tensor
 from tqdm import tqdm
 
-import toyworld
-from checkpoints import write_atomically
-from cli import OneLineParser, run_command
 from data import SUFFIXES
-from judge import Judge, default_models, load_judges, ridge_probe
-from scoring import mcnemar, paired_interval, plain_table, wilson_interval
+from evaluation.encoder import Encoder, cache_folder, load_encoders
+from evaluation.scoring import mcnemar, paired_interval, plain_table, ridge_probe, wilson_interval
+from toy import benchmark as toy
+from util.cli import parse_settings, run_command, setting
+from util.files import write_atomically
 
+# CIFAR-100, SUN397, Cars and ImageNet are four of the nine sets of Tab. 3.
 DATASETS = ("cifar100", "sun397", "cars", "imagenet")
-AT = (1, 5, 10)
+AT = (1, 5, 10)  # k of recall@k
 
 
 # ------------------------------------------------------------------------------------------------
@@ -104,6 +104,7 @@ def _torchvision(name: str, root: Path) -> Classes:
             data = tv.StanfordCars(str(root), split="test")
             files, labels = zip(*data._samples, strict=True)
             return Classes("Cars", list(files), np.array(labels), data.classes)
+        # torchvision's own class names are WordNet's; open_clip's are those CLIP is judged by.
         data = tv.ImageNet(str(root), split="val")
         files, labels = zip(*data.samples, strict=True)
         return Classes("IN-1K", list(files), np.array(labels), list(IMAGENET_CLASSNAMES))
@@ -114,11 +115,11 @@ def _torchvision(name: str, root: Path) -> Classes:
         ) from None
 
 
-def class_texts(judge: Judge, names: list[str], templates: list) -> Tensor:
+def class_texts(encoder: Encoder, names: list[str], templates: list) -> Tensor:
     """One direction per class: the mean of its prompts' unit vectors, made a unit vector again.
     (C, d)"""
     texts = [t(name) if callable(t) else t.format(name) for name in names for t in templates]
-    each = judge.texts(texts).view(len(names), len(templates), -1)  # (C, templates, d)
+    each = encoder.texts(texts).view(len(names), len(templates), -1)  # (C, templates, d)
     return F.normalize(each.mean(1), dim=-1)
 
 
@@ -186,8 +187,11 @@ def read_captions(source: str, images: str) -> Captions:
 
 
 def _captions_json(content) -> dict[str, list[str]]:
-    """File name → its captions."""
-    if isinstance(content, list):
+    """File name → its captions.
+
+    Raises: KeyError, TypeError or AttributeError where `content` has another shape.
+    """
+    if isinstance(content, list):  # ours
         return {entry["file"]: list(entry["captions"]) for entry in content}
     if "annotations" in content:  # COCO
         names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -237,55 +241,82 @@ def retrieval_hits(images: Tensor, texts: Tensor, owner: np.ndarray) -> dict[str
 # ------------------------------------------------------------------------------------------------
 # What a model is asked
 # ------------------------------------------------------------------------------------------------
-def classify(judges: list[Judge], classes: Classes, templates: list) -> dict[str, dict]:
+def classify(encoders: list[Encoder], classes: Classes, templates: list) -> dict[str, dict]:
     """Hits per picture by model and task: "top-1" and "top-5" where there are more than 5
     classes."""
     found = {}
-    for judge in tqdm(judges, classes.title, leave=False):
-        features = judge.images(classes.pictures)  # (K, d)
-        scores = features @ class_texts(judge, classes.names, templates).T  # (K, C)
+    for encoder in tqdm(encoders, classes.title, leave=False):
+        features = encoder.images(classes.pictures)  # (K, d)
+        scores = features @ class_texts(encoder, classes.names, templates).T  # (K, C)
         own = scores[torch.arange(len(scores)), torch.from_numpy(classes.labels)]
         before = ((scores >= own[:, None]).sum(1) - 1).numpy()  # a tie counts against
-        found[judge.name] = {f"{classes.title} top-1": before < 1}
+        found[encoder.name] = {f"{classes.title} top-1": before < 1}
         if len(classes.names) > 5:
-            found[judge.name][f"{classes.title} top-5"] = before < 5
+            found[encoder.name][f"{classes.title} top-5"] = before < 5
     return found
 
 
-def probe(judges: list[Judge], classes: Classes, seed: int = 0) -> dict[str, dict]:
+def probe(encoders: list[Encoder], classes: Classes, seed: int = 0) -> dict[str, dict]:
     """Ridge regression on frozen features: every picture judged once by a probe that has not seen
     it (two halves, each fitted on the other)."""
+    # Folders are read class by class: without shuffling, a half would lack half of the classes.
     order = np.random.default_rng(seed).permutation(len(classes.labels))
     halves = order[::2], order[1::2]
     labels = torch.from_numpy(classes.labels)
     found = {}
-    for judge in judges:
-        features = judge.images(classes.pictures)
+    for encoder in encoders:
+        features = encoder.images(classes.pictures)
         hits = np.zeros(len(labels), bool)
         for fit, test in (halves, halves[::-1]):
             predicted = ridge_probe(features[fit], labels[fit], features[test])
             hits[test] = (predicted == labels[test]).numpy()
-        found[judge.name] = {f"{classes.title} linear probe": hits}
+        found[encoder.name] = {f"{classes.title} linear probe": hits}
     return found
 
 
-def drift(judges: list[Judge], pictures: list, per_layer: bool) -> dict[str, dict]:
+def drift(encoders: list[Encoder], pictures: list, per_layer: bool) -> dict[str, dict]:
     """Mean cosine to the first model's features; on request, to its mean token after each layer."""
-    first, *others = judges
+    first, *others = encoders
     base = first.images(pictures)
     layers = first.layers(pictures) if per_layer else []
     found = {}
-    for judge in others:
-        about = {"features": float(F.cosine_similarity(base, judge.images(pictures)).mean())}
+    for encoder in others:
+        about = {"features": float(F.cosine_similarity(base, encoder.images(pictures)).mean())}
         if per_layer:
-            theirs = judge.layers(pictures)
+            theirs = encoder.layers(pictures)
+            # Another architecture has other layers: nothing to put side by side.
             if len(theirs) != len(layers) or theirs[0].shape != layers[0].shape:
-                raise ValueError(f"--layers: {judge.name} and {first.name} differ in shape")
+                raise ValueError(f"--layers: {encoder.name} and {first.name} differ in shape")
             about["layers"] = [
                 float(F.cosine_similarity(a, b).mean()) for a, b in zip(layers, theirs, strict=True)
             ]
-        found[judge.name] = about
+        found[encoder.name] = about
     return found
+
+
+def verdicts(
+    encoders: list[Encoder],
+    sets: list[Classes],
+    captions: list[Captions],
+    templates: list,
+    with_probe: bool,
+) -> dict[str, dict[str, np.ndarray]]:
+    """All of it: model → task → bool per picture or text."""
+    # The same pictures for every model, so that each change can be tested pair by pair.
+    hits: dict[str, dict] = {encoder.name: {} for encoder in encoders}
+    for classes in sets:
+        asked = [classify(encoders, classes, templates)]
+        asked += [probe(encoders, classes)] if with_probe else []
+        for name in hits:
+            hits[name] |= {
+                task: found for answers in asked for task, found in answers[name].items()
+            }
+    for group in captions:
+        for encoder in tqdm(encoders, group.title, leave=False):
+            images, texts = encoder.images(group.pictures), encoder.texts(group.texts)
+            for task, found in retrieval_hits(images, texts, group.owner).items():
+                hits[encoder.name][f"{group.title} {task}"] = found
+    return hits
 
 
 # ------------------------------------------------------------------------------------------------
@@ -335,6 +366,7 @@ def table3(rows: list[dict]) -> str:
 
 
 def drift_text(found: dict[str, dict], first: str, n: int) -> str:
+    """What `drift` found, in sentences; `first` is the model it was compared with."""
     lines = []
     for name, about in found.items():
         lines.append(
@@ -349,83 +381,67 @@ def drift_text(found: dict[str, dict], first: str, n: int) -> str:
 # ------------------------------------------------------------------------------------------------
 # Command
 # ------------------------------------------------------------------------------------------------
-def command_line() -> argparse.Namespace:
-    summary, example = __doc__.split("\n\n")[:2]
-    parser = OneLineParser(
-        description=summary,
-        epilog=example,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--model", action="append", metavar="MODEL", help="as for eval_mmvp.py; repeat it")
-    add(
-        "--classify",
-        action="append",
-        default=[],
-        metavar="SET",
-        help=f"a folder with a directory per class, or {', '.join(DATASETS)}; repeat for more",
-    )
-    add("--root", default="data", help="where torchvision's data sets lie (default: data)")
-    add(
-        "--template",
-        default="imagenet80",
-        help="imagenet80, imagenet7, or a text with {} for the class (default: imagenet80)",
-    )
-    add(
-        "--captions",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="captions for retrieval, in one of four formats; repeat for more",
-    )
-    add("--images", default="", metavar="DIR", help="where the captions' pictures are")
-    add("--probe", action="store_true", help="linear probe beside each --classify")
-    add("--layers", action="store_true", help="drift after each layer of the image tower")
-    add("--runs", default="runs", help="where enhanced models are looked for (default: runs)")
-    add("--out", default="", metavar="DIR", help="where results go (default: RUNS/eval)")
-    add("--cache", default="", metavar="DIR", help="where features are kept (default: "
-        "RUNS/features; 'none': nowhere)")  # fmt: skip
-    args = parser.parse_args()
-    if not args.classify and not args.captions:
+@dataclass(frozen=True)
+class Settings:
+    """One evaluation."""
+
+    model: tuple[str, ...] = setting(())
+    """as for eval_mmvp.py; repeat it; none: the toy CLIP and the newest enhanced model"""
+    classify: tuple[str, ...] = setting(())
+    """a folder with a directory per class, or cifar100, sun397, cars, imagenet; repeat for more"""
+    root: str = setting("data")
+    """where torchvision's data sets lie"""
+    template: str = setting("imagenet80")
+    """imagenet80, imagenet7, or a text with {} for the class"""
+    captions: tuple[str, ...] = setting(())
+    """captions for retrieval, in one of four formats; repeat for more"""
+    images: str = setting("")
+    """where the captions' pictures are; empty: beside the captions"""
+    probe: bool = setting(False)
+    """linear probe beside each --classify"""
+    layers: bool = setting(False)
+    """drift after each layer of the image tower"""
+    runs: str = setting("runs")
+    """where enhanced models are looked for"""
+    out: str = setting("")
+    """where results go; empty: RUNS/eval"""
+    cache: str = setting("")
+    """where features are kept; empty: RUNS/features; 'none': nowhere"""
+
+
+def command_line() -> Settings:
+    """Raises: ValueError for settings that do not go together."""
+    settings = parse_settings(Settings, *__doc__.split("\n\n")[:2])
+    if not settings.classify and not settings.captions:
         raise ValueError("nothing to do: give --classify SET, --captions FILE, or both")
-    if args.probe and not args.classify:
+    if settings.probe and not settings.classify:
         raise ValueError("--probe needs --classify: a probe is fitted to classes")
-    return args
+    return settings
 
 
 def main() -> None:
-    args = command_line()
-    templates = prompts(args.template)
-    sets = [read_classes(source, args.root) for source in args.classify]
-    captions = [read_captions(source, args.images) for source in args.captions]
-    models = args.model or default_models(Path(args.runs))
-    cache = None if args.cache == "none" else Path(args.cache or Path(args.runs) / "features")
+    """Mistakes first, models next: a wrong path should not cost the minutes of loading them."""
+    settings = command_line()
+    templates = prompts(settings.template)
+    sets = [read_classes(source, settings.root) for source in settings.classify]
+    captions = [read_captions(source, settings.images) for source in settings.captions]
+    models = settings.model or toy.default_models(Path(settings.runs))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judges = load_judges(models, device, cache)
-    toy = any(isinstance(j.tokenizer, toyworld.ToyTokenizer) for j in judges)
-    if toy and args.template.startswith("imagenet"):
-        templates = [toyworld.PREFIX + " {}"]  # the toy's vocabulary knows no other
+    encoders = load_encoders(models, device, cache_folder(settings.cache, settings.runs))
+    words = any(encoder.info.words for encoder in encoders)
+    if words and settings.template.startswith("imagenet"):
+        templates = [toy.TEMPLATE]  # the toy's vocabulary knows no other
     start = time.time()
-    hits: dict[str, dict] = {judge.name: {} for judge in judges}
-    for classes in sets:
-        for name, tasks in classify(judges, classes, templates).items():
-            hits[name] |= tasks
-        if args.probe:
-            for name, tasks in probe(judges, classes).items():
-                hits[name] |= tasks
-    for group in captions:
-        for judge in tqdm(judges, group.title, leave=False):
-            images, texts = judge.images(group.pictures), judge.texts(group.texts)
-            for task, verdict in retrieval_hits(images, texts, group.owner).items():
-                hits[judge.name][f"{group.title} {task}"] = verdict
-    rows = compare(hits)
+    # Verdicts per picture first: every figure and every test below is made of them.
+    rows = compare(verdicts(encoders, sets, captions, templates, settings.probe))
     pictures = [p for s in [*sets, *captions] for p in s.pictures]
-    moved = drift(judges, pictures, args.layers) if len(judges) > 1 else {}
-    text = table3(rows) + "\n" + drift_text(moved, judges[0].name, len(pictures))
+    # Drift over all pictures at once; it needs neither classes nor captions.
+    moved = drift(encoders, pictures, settings.layers) if len(encoders) > 1 else {}
+    # The same in words, then everything for programs.
+    text = table3(rows) + "\n" + drift_text(moved, encoders[0].name, len(pictures))
     about = {
-        "models": {j.name: m for j, m in zip(judges, models, strict=True)},
-        "template": args.template if not toy else templates,
+        "models": {e.name: m for e, m in zip(encoders, models, strict=True)},
+        "template": templates if words else settings.template,
         "date": time.strftime("%Y-%m-%d"),
         "device": str(device),
         "torch": torch.__version__,
@@ -433,7 +449,7 @@ def main() -> None:
         "rows": rows,
         "drift": moved,
     }
-    out = Path(args.out or Path(args.runs) / "eval")
+    out = Path(settings.out or Path(settings.runs) / "eval")
     print(text)
     write_atomically(out / "zeroshot.json", json.dumps(about, indent=1))
     write_atomically(out / "zeroshot.md", text)

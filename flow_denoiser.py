@@ -87,7 +87,7 @@ def _check_distribution(distribution: str, scale: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Where and whither: the straight path, its velocity, the loss, and the way back
+# The path: the straight line from noise to data, its velocity, the loss, and following it back
 # ------------------------------------------------------------------------------------------------
 def straight_path(data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. (1): the point x_t on the line from noise to data, and the line's constant velocity.
@@ -100,17 +100,14 @@ def straight_path(data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tenso
     return x_t, velocity
 
 
-def flow_matching_loss(
-    velocity_of: Callable[[Tensor, Tensor], Tensor], data: Tensor, noise: Tensor, t: Tensor
-) -> Tensor:
-    """Eq. (3) per image: mean squared error of the velocity, (B,).
+def flow_matching_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
+    """Eq. (3) per image: mean squared error of the velocity. Both (B, ...) → (B,).
 
-    `velocity_of(x_t, t)` is the denoiser with its condition filled in. The paper writes a squared
-    norm; the mean over elements differs by a constant factor and keeps losses comparable between
-    resolutions. Not yet averaged over the batch, so that it can be logged per bin of t.
+    The paper writes a squared norm; the mean over elements differs by a constant factor and keeps
+    losses comparable between resolutions. Not yet averaged over the batch, so that it can be logged
+    per bin of t.
     """
-    x_t, velocity = straight_path(data, noise, t)
-    error = (velocity_of(x_t, t) - velocity).float()
+    error = (predicted - velocity).float()
     return error.square().flatten(1).mean(1)  # Eq. (3); Alg. 1, line 7
 
 
@@ -118,8 +115,13 @@ def flow_matching_loss(
 def euler_sample(
     velocity_of: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int = 25
 ) -> Tensor:
-    """Follow the velocity from noise (t = 0) to data (t = 1) in equal Euler steps. (B, ...) →
-    same."""
+    """Follow the velocity from noise (t = 0) to data (t = 1) in equal Euler steps.
+
+    Args:
+        velocity_of: (x_t (B, ...), t (B,)) → velocity (B, ...); the denoiser with its condition
+            filled in.
+        noise: (B, ...). Returns: the same shape.
+    """
     x = noise
     for step in range(steps):
         t = torch.full((len(x),), step / steps, device=x.device, dtype=x.dtype)
@@ -189,9 +191,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         full = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + 1e-6)).to(
-            x.dtype
-        ) * self.scale
+        root = torch.rsqrt(full.square().mean(-1, keepdim=True) + 1e-6)  # (..., 1)
+        return (full * root).to(x.dtype) * self.scale
 
 
 class QKNorm(nn.Module):
@@ -280,19 +281,18 @@ class DoubleStreamBlock(nn.Module):
         self, img: Tensor, txt: Tensor, vector: Tensor, rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """img (B, N, D), txt (B, T, D), vector (B, D) → img and txt, same shapes."""
+        # Shift, scale and gate, once for the attention and once for the MLP: (B, 1, D) each.
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vector)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vector)
 
-        txt_qkv = self.txt_attn.queries_keys_values(
-            modulate(self.txt_norm1, txt, txt_shift1, txt_scale1)
-        )
-        img_qkv = self.img_attn.queries_keys_values(
-            modulate(self.img_norm1, img, img_shift1, img_scale1)
-        )
-        q, k, v = (
-            torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True)
-        )  # (B, A, T+N, E)
-        txt_mixed, img_mixed = attend(q, k, v, rope).split([txt.shape[1], img.shape[1]], dim=1)
+        # Apart until here; now one attention over all tokens of both streams.
+        txt_normed = modulate(self.txt_norm1, txt, txt_shift1, txt_scale1)  # (B, T, D)
+        img_normed = modulate(self.img_norm1, img, img_shift1, img_scale1)  # (B, N, D)
+        txt_qkv = self.txt_attn.queries_keys_values(txt_normed)  # 3 × (B, A, T, E)
+        img_qkv = self.img_attn.queries_keys_values(img_normed)  # 3 × (B, A, N, E)
+        joint = [torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True)]
+        mixed = attend(*joint, rope)  # 3 × (B, A, T+N, E) → (B, T+N, D)
+        txt_mixed, img_mixed = mixed.split([txt.shape[1], img.shape[1]], dim=1)
 
         img = img + img_gate1 * self.img_attn.proj(img_mixed)
         img = img + img_gate2 * self.img_mlp(modulate(self.img_norm2, img, img_shift2, img_scale2))
@@ -309,21 +309,19 @@ class SingleStreamBlock(nn.Module):
         self.heads, self.hidden = heads, int(width * mlp_ratio)
         self.modulation = Modulation(width, 3)
         self.pre_norm = plain_norm(width)
-        self.linear1 = nn.Linear(
-            width, 3 * width + self.hidden
-        )  # q, k, v and the MLP's first layer
+        # Fused: q, k, v and the MLP's first layer; then attention's and the MLP's last layer.
+        self.linear1 = nn.Linear(width, 3 * width + self.hidden)
         self.norm = QKNorm(width // heads)
-        self.linear2 = nn.Linear(width + self.hidden, width)  # attention's and the MLP's last layer
+        self.linear2 = nn.Linear(width + self.hidden, width)
 
     def forward(self, x: Tensor, vector: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, T+N, D), vector (B, D) → (B, T+N, D)."""
-        shift, scale, gate = self.modulation(vector)
+        shift, scale, gate = self.modulation(vector)  # (B, 1, D) each
         fused = self.linear1(modulate(self.pre_norm, x, shift, scale))  # (B, T+N, 3·D + hidden)
         qkv, hidden = fused.split([fused.shape[-1] - self.hidden, self.hidden], dim=-1)
         mixed = attend(*split_heads(qkv, self.heads, self.norm), rope)  # (B, T+N, D)
-        return x + gate * self.linear2(
-            torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)
-        )
+        both = torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)  # (…, D + hidden)
+        return x + gate * self.linear2(both)  # (B, T+N, D)
 
 
 class FinalLayer(nn.Module):
@@ -441,9 +439,8 @@ class FlowDenoiser(nn.Module):
         clock = 1 - t if self.config.flux_time else t
         modulation = self.time_in(time_embedding(clock)) + self.vector_in(vector)  # (B, D)
         if self.guidance_in is not None:
-            modulation = modulation + self.guidance_in(
-                time_embedding(torch.full_like(t, self.GUIDANCE))
-            )
+            strength = torch.full_like(t, self.GUIDANCE)
+            modulation = modulation + self.guidance_in(time_embedding(strength))  # (B, D)
 
         rope = self._rope(h, w, txt.shape[1], img)
         for block in self.double_blocks:
@@ -451,21 +448,16 @@ class FlowDenoiser(nn.Module):
         x = torch.cat([txt, img], dim=1)  # (B, T+N, D)
         for block in self.single_blocks:
             x = block(x, modulation, rope)
-        velocity = self.final_layer(x[:, txt.shape[1] :], modulation)  # (B, N, 4·C)
-        velocity = rearrange(
-            velocity, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=h, w=w, ph=2, pw=2
-        )
-        return -velocity if self.config.flux_time else velocity
+        out = self.final_layer(x[:, txt.shape[1] :], modulation)  # (B, N, 4·C)
+        out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)  # (B, C, …)
+        return -out if self.config.flux_time else out
 
     def _rope(self, h: int, w: int, context_tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for [context, image] tokens: ids (0, 0, 0) and (0, row, column)."""
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(
-            -1, 3
-        )  # (N, 3)
+        image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
         ids = torch.cat([torch.zeros(context_tokens, 3, dtype=torch.long), image_ids])  # (T+N, 3)
-        angles = rope_angles(
-            ids, self.config.axes, self.config.theta
-        )  # (T+N, E/2), float64 on the CPU
+        # On the CPU, in float64: (T+N, E/2).
+        angles = rope_angles(ids, self.config.axes, self.config.theta)
         precise = torch.float64 if like.dtype == torch.float64 else torch.float32
         return angles.cos().to(like.device, precise), angles.sin().to(like.device, precise)

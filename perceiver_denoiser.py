@@ -12,23 +12,10 @@ gradient for CLIP's image tower, exactly as with the continuous denoiser (Key Po
     mask token + position of each hidden cell = the latents q ──► 6 × Perceiver layer ◄────┘
                                                                   └─► logits over K codes
 
-The authors never published this half. What is theirs and what is our reading of it:
-
-- *Theirs*: Perceiver, 6 layers (2, 4, 8 in Tab. 5); off-the-shelf VQ-GAN codebook; a mask ratio
-  drawn from U(50 %, 90 %) (fixed ones in Tab. S1); the condition enters through a cross-attention
-  with Q = visible tokens and K, V = [visible tokens; h(v(x))] (Alg. 2, line 5); cross-entropy on
-  masked indices (Eq. 4).
-- *What the latents are*: not said. Here one query per masked cell, so each layer's self-attention
-  lets the guesses agree with one another. The Perceiver of the cited paper has a learnt array
-  instead, read out by the masked cells at the end: ``learnt_latents`` > 0 is that reading.
-- *Where mask tokens enter*: in the latents only. Q and K, V of line 5 hold none, as the line says.
-- *One conditioner or one per layer*: line 5 stands outside the denoiser g, so one.
-- *"c = cross-attn(Q, K, V)"*: with a residual, as attention always comes, since the objective
-  conditions on the visible tokens themselves as well as on c.
-- *Where nothing is visible*: line 5 then has no queries, and the condition could not enter at all.
-  One learnt start token, which has no position and is always visible, keeps the door open; it is
-  what makes drawing from [CLS] alone possible.
-- *Which VQ-GAN, width, heads*: not said. Taming's f16; 1024 wide with 16 heads.
+The authors never published this half. Theirs: a Perceiver of 6 layers, a VQ-GAN's codebook, mask
+ratios from U(50 %, 90 %), the cross-attention of Alg. 2, line 5, the loss of Eq. (4). Our reading
+of what they leave open ("what the latents are", where mask tokens enter, the residual, the start
+token, width and heads) is in docs/DIFFERENCES.md, each with its reason.
 
 Letters: B batch, N tokens of the grid, V visible and M masked ones (V + M = N), K codes, E width of
 a code, D width, A heads, T condition tokens (1, or more with local tokens), L latents.
@@ -57,22 +44,16 @@ def check_mask_range(low: float, high: float) -> None:
 def draw_masked_count(
     tokens: int, low: float = 0.5, high: float = 0.9, generator: torch.Generator | None = None
 ) -> int:
-    """M = round(r·N) with r ~ U(low, high), at least 1: one number for a whole batch.
-
-    One per batch because tensors must be rectangular: images with different M would need padding,
-    and padding a Perceiver's latents wastes what masking saved.
-    """
+    """M = round(r·N) with r ~ U(low, high), at least 1: one number for a whole batch, because
+    tensors must be rectangular and padding would waste what masking saved."""
     check_mask_range(low, high)
     ratio = low + (high - low) * torch.rand((), generator=generator).item()
     return max(1, round(ratio * tokens))
 
 
 def split_positions(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """A permutation of the N positions per image → visible (B, V) and masked (B, M = count) ones.
-
-    The first `count` of a random permutation are a uniformly random subset, and the rest is its
-    complement: a partition by construction.
-    """
+    """A permutation of the N positions per image → visible (B, V) and masked (B, M = count) ones:
+    a random subset and its complement, a partition by construction."""
     return order[:, count:], order[:, :count]
 
 
@@ -86,10 +67,7 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 def sincos_positions(side: int, width: int) -> Tensor:
     """2-D sine-cosine rows for a square grid, (side², width): half for the row, half for the
-    column, each a quarter sines and a quarter cosines of the width.
-
-    Raises: ValueError where the width is no multiple of 4.
-    """
+    column. Raises: ValueError where the width is no multiple of 4."""
     if width % 4:
         raise ValueError(f"Perceiver: width {width} must be a multiple of 4")
     frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -119,11 +97,8 @@ class Attention(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """Alg. 2, line 5: the visible tokens look at themselves and at the condition.
-
-    Here, and nowhere else, does CLIP speak. Softmax lets every visible token weigh the condition
-    against its visible neighbours.
-    """
+    """Alg. 2, line 5: the visible tokens look at themselves and at the condition. Here, and nowhere
+    else, does CLIP enter."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -139,7 +114,7 @@ class Conditioner(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    """Latents read the context, talk among themselves, think. All with residuals, norms first."""
+    """Latents read the context, then one another, then an MLP works on each; norms first."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -240,12 +215,11 @@ class PerceiverDenoiser(nn.Module):
 def masked_cross_entropy(logits: Tensor, indices: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. (4) per image: mean cross-entropy over the masked tokens, and how many are guessed.
 
-    Row m of an image's logits belongs to the position masked[m], so its label is the index *there*:
-    labels are gathered, never sliced. Visible tokens have no logits and cost nothing. The paper's
-    product over tokens is a sum of logarithms; the mean differs by the factor M and keeps losses at
-    different ratios comparable. Uniform guessing costs ln K.
+    Eq. (2) predicts one token after the other; here all masked ones are predicted at once from the
+    visible. The paper's product is a sum of logarithms; the mean keeps losses at different ratios
+    comparable. Uniform guessing costs ln K.
 
-    Args: logits (B, M, K); indices (B, N) of all tokens; masked (B, M).
+    Args: logits (B, M, K), row m for position masked[m]; indices (B, N) of all; masked (B, M).
     Returns: loss (B,) in nats, and the share of right guesses (B,).
     """
     labels = take(indices, masked)  # (B, M)
@@ -265,18 +239,14 @@ def parallel_decode(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fill in unknown tokens, the surest first.
-
-    All unknown tokens are guessed at once; the guesses that the model is surest of are kept, the
-    others hidden again and guessed anew with more to go by. How many stay hidden follows a quarter
-    cosine: few are kept while little is known.
+    """Fill in unknown tokens, the surest first: all are guessed at once, the surest guesses are
+    kept, the others hidden again and guessed anew. How many stay hidden follows a quarter cosine.
 
     Args:
         logits_of: (indices (B, N), visible (B, V), masked (B, M)) → logits (B, M, K).
         indices: (B, N); only known ones are looked at.
         known: bool (B, N), equally many per image; all False draws from the condition alone.
-        temperature: of the noise on confidence, fading to 0; 0 keeps strictly the surest. Noise
-            lets unlikely but true details in.
+        temperature: of the noise on confidence, fading to 0: lets unlikely but true details in.
         generator: on the CPU.
     Returns: completed indices (B, N).
     """
@@ -307,3 +277,17 @@ def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Gumbel noise shaped like a tensor; drawn on the CPU, so that every device draws the same."""
     uniform = torch.rand(like.shape, generator=generator).clamp(1e-9, 1 - 1e-7)
     return -torch.log(-torch.log(uniform)).to(like.device)
+
+
+if __name__ == "__main__":  # the whole file in a dozen lines, on random numbers
+    small = PerceiverDenoiserConfig(codes=256, code_width=32, side=8, width=64, heads=4, layers=2)
+    denoiser, tokens = PerceiverDenoiser(small), small.side**2
+    indices = torch.randint(small.codes, (2, tokens))  # what a VQ-GAN would give
+    codebook, condition = torch.randn(small.codes, small.code_width), torch.randn(2, 1, small.width)
+    order = torch.stack([torch.randperm(tokens) for _ in indices])
+    visible, masked = split_positions(order, draw_masked_count(tokens))
+    logits = denoiser(codebook[indices], visible, masked, condition)
+    loss, right = masked_cross_entropy(logits, indices, masked)
+    print(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters")
+    print(f"{masked.shape[1]} of {tokens} tokens masked; untrained, {right.mean():.1%} guessed")
+    print(f"loss {loss.mean():.3f} nats; guessing uniformly costs {math.log(small.codes):.3f}")

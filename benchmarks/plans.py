@@ -5,23 +5,28 @@
 The figures are those of `python train.py --plan`; nothing is run and no GPU is needed.
 """
 
-import argparse
-import json
-import sys
 import time
-from pathlib import Path
 
-import torch
+from report import facts, headline, parser, publish, table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from settings import BACKBONES, Settings, preset_of
+from training.plan import make_plan
+from util.cli import run_command
 
-from plan import make_plan  # noqa: E402
-from settings import PRESETS, Settings, preset_of  # noqa: E402
+HEAD = [
+    "preset",
+    "denoiser",
+    "images a pass",
+    "trainable, M: stage 1 / 2",
+    "GFLOP an image",
+    "stage 1, GB",
+    "with `--zero`",
+    "stage 2, GB",
+]
 
 
-def row(preset: str, denoiser: str, gpus: int, more: dict) -> dict:
-    """Figures of one preset; memory in GB per GPU."""
+def measure(preset: str, denoiser: str, gpus: int, more: dict) -> dict:
+    """Figures of one preset; memory in GB per GPU. `more`: settings beside the preset's."""
     given = {"preset": preset, "denoiser": denoiser, **more}
     settings = Settings(**{**preset_of(given), **given})
     start = time.time()
@@ -42,42 +47,39 @@ def row(preset: str, denoiser: str, gpus: int, more: dict) -> dict:
     }
 
 
+def cells(row: dict) -> list[str]:
+    """One line of the table."""
+    trainable, flops, memory = row["trainable_m"], row["gflop_per_image"], row["memory_gb"]
+    return [
+        row["preset"],
+        row["denoiser"],
+        row["micro_batch"],
+        f"{trainable[1]:.1f} / {trainable[2]:.2f}",
+        f"{flops[1]:,.0f} / {flops[2]:,.0f}",
+        f"{memory[1]:.1f}",
+        f"{row['stage1_zero_gb']:.1f}",
+        f"{memory[2]:.1f}",
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--gpus", type=int, default=8)
-    args = parser.parse_args()
-    wanted = [(p, d, {}) for d in ("flow", "perceiver") for p in PRESETS if p != "toy"]
+    flags = parser(__doc__)
+    flags.add_argument("--gpus", type=int, default=8)
+    args = flags.parse_args()
+    wanted = [(preset, d, {}) for d in ("flow", "perceiver") for preset in BACKBONES]
     # Table 7's two rows: two images per GPU and pass, light denoiser and published FLUX.
     for flux in ({}, {"flux": "flux1-dev.safetensors"}):
         wanted.append(("openai-l14-224", "flow", {"micro_batch": 2, **flux}))
-    rows = [row(preset, denoiser, args.gpus, more) for preset, denoiser, more in wanted]
-    about = {
-        "command": f"python benchmarks/plans.py --gpus {args.gpus}",
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "rows": rows,
-    }
-    lines = [
-        f"`{about['command']}`, {about['date']}, torch {about['torch']}. GB per GPU, counted, not "
-        f"measured; {args.gpus} GPUs, bf16 autocast.",
-        "",
-        "| preset | denoiser | images a pass | trainable, M: stage 1 / 2 | GFLOP an image | stage "
-        "1, GB | with `--zero` | stage 2, GB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        trainable, flops, memory = r["trainable_m"], r["gflop_per_image"], r["memory_gb"]
-        lines.append(
-            f"| {r['preset']} | {r['denoiser']} | {r['micro_batch']} | {trainable[1]:.1f} / "
-            f"{trainable[2]:.2f} | {flops[1]:,.0f} / {flops[2]:,.0f} | {memory[1]:.1f} | "
-            f"{r['stage1_zero_gb']:.1f} | {memory[2]:.1f} |"
-        )
-    (ROOT / "benchmarks" / "plans.json").write_text(json.dumps(about, indent=1))
-    (ROOT / "benchmarks" / "plans.md").write_text("\n".join([*lines, ""]))
-    print("\n".join(lines))
+    rows = [measure(preset, denoiser, args.gpus, more) for preset, denoiser, more in wanted]
+    command, about = f"python benchmarks/plans.py --gpus {args.gpus}", facts()
+    del about["machine"]  # a count is the same on every machine
+    first = (
+        f"{headline(command, about)}. GB per GPU, counted, not measured; {args.gpus} GPUs, bf16 "
+        "autocast."
+    )
+    lines = [first, "", *table(HEAD, map(cells, rows))]
+    publish("plans", lines, {"command": command, **about, "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -5,11 +5,6 @@
 The weights are random (time does not depend on them) and the pictures are noise of 224 px, as jpg.
 """
 
-import argparse
-import json
-import os
-import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,15 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from report import CPU, facts, headline, parser, publish
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import eval_mmvp as ev  # noqa: E402
-from backbones import build_clip, describe_clip  # noqa: E402
-from judge import Judge  # noqa: E402
-from pairsets import read_pair_set  # noqa: E402
-from scoring import MMVP_PATTERNS  # noqa: E402
+from eval_mmvp import evaluate
+from evaluation.encoder import Encoder
+from evaluation.pairsets import read_pair_set
+from evaluation.scoring import MMVP_PATTERNS
+from pretrained.backbones import build_clip, describe_clip
+from util.cli import run_command
 
 
 def write_folder(folder: Path, images: int) -> None:
@@ -42,15 +36,15 @@ def write_folder(folder: Path, images: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=270)
-    parser.add_argument("--clip", default="ViT-L-14-quickgelu:openai")
-    args = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--images", type=int, default=270)
+    flags.add_argument("--clip", default="ViT-L-14-quickgelu:openai")
+    args = flags.parse_args()
+    if args.images < 2 or args.images % 2:
+        raise ValueError(f"--images {args.images}: pictures come in pairs; give an even number")
     info, _ = describe_clip(args.clip)
     torch.manual_seed(0)
-    judge = Judge(args.clip, build_clip(info), info, torch.device("cpu"))
+    encoder = Encoder(args.clip, build_clip(info), info, CPU)
     spent = {"image tower": 0.0, "text tower": 0.0}
 
     def timed(name: str, encode):
@@ -63,34 +57,24 @@ def main() -> None:
 
         return run
 
-    judge.clip.encode_image = timed("image tower", judge.clip.encode_image)
-    judge.clip.encode_text = timed("text tower", judge.clip.encode_text)
+    encoder.clip.encode_image = timed("image tower", encoder.clip.encode_image)
+    encoder.clip.encode_text = timed("text tower", encoder.clip.encode_text)
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), args.images)
         start = time.perf_counter()
         pairs = read_pair_set(folder)
-        ev.evaluate([judge], pairs, [pairs.template], "", Path(folder) / "out")
+        evaluate([encoder], pairs, [pairs.template], "", Path(folder) / "out")
         total = time.perf_counter() - start
     share = sum(spent.values()) / total
-    about = {
-        "command": f"python benchmarks/profile_mmvp.py --images {args.images}",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "torch": torch.__version__,
-        "seconds": total,
-        **spent,
-        "share_of_towers": share,
-    }
+    command, about = f"python benchmarks/profile_mmvp.py --images {args.images}", facts()
     line = (
-        f"`{about['command']}`, {args.clip} with random weights, {about['date']}, "
-        f"{about['machine']}, torch {about['torch']}: of {total:.1f} s, {spent['image tower']:.1f} "
-        f"in the image tower and {spent['text tower']:.1f} in the text tower, {100 * share:.1f} % "
-        "together."
+        f"{headline(command, about, f'{args.clip} with random weights')}: of {total:.1f} s, "
+        f"{spent['image tower']:.1f} in the image tower and {spent['text tower']:.1f} in the text "
+        f"tower, {100 * share:.1f} % together."
     )
-    (ROOT / "benchmarks" / "profile_mmvp.json").write_text(json.dumps(about, indent=1))
-    (ROOT / "benchmarks" / "profile_mmvp.md").write_text(line + "\n")
-    print(line)
+    measured = {"seconds": total, **spent, "share_of_towers": share}
+    publish("profile_mmvp", [line], {"command": command, **about, **measured})
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

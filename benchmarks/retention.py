@@ -2,28 +2,21 @@
 
     python benchmarks/retention.py        runs of toy_seeds.py and drift_study.py → retention.md
 
-What a user would type is `python toyworld.py classes FOLDER`, then `python eval_zeroshot.py
+What a user would type is `python -m toy.benchmark classes FOLDER`, then `python eval_zeroshot.py
 --classify FOLDER --captions FOLDER/captions.json --probe --layers --model … --model …`; this is the
 same code.
 """
 
-import argparse
-import json
-import os
-import platform
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-import torch
+from report import CPU, ROOT, facts, headline, is_finished, parser, publish
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import eval_zeroshot as ez  # noqa: E402
-import toyworld  # noqa: E402
-from judge import load_judges  # noqa: E402
+from eval_zeroshot import compare, drift, drift_text, read_captions, read_classes, table3, verdicts
+from evaluation.encoder import load_encoders
+from toy.benchmark import TEMPLATE, write_classes
+from toy.world import TOY_DIR
+from util.cli import run_command
 
 RUNS = {  # seed 1 of each
     "flow, λ = 0.02": "drift0.02-seed1",
@@ -34,44 +27,39 @@ RUNS = {  # seed 1 of each
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", default=str(ROOT / "runs"))
-    args = parser.parse_args()
-    models = [str(toyworld.TOY_DIR / "clip.safetensors")]
-    models += [str(Path(args.runs) / run / "enhanced") for run in RUNS.values()]
-    judges = load_judges(models, torch.device("cpu"), None)
-    for judge, name in zip(judges, ["original", *RUNS], strict=True):
-        judge.name = name
+    flags = parser(__doc__)
+    flags.add_argument("--runs", default=str(ROOT / "runs"))
+    args = flags.parse_args()
+    runs = [Path(args.runs) / run for run in RUNS.values()]
+    for run in runs:
+        if not is_finished(run):
+            raise ValueError(f"{run} is not there: run drift_study.py and toy_seeds.py first")
+    models = [TOY_DIR / "clip.safetensors", *(run / "enhanced" for run in runs)]
+    encoders = load_encoders([str(model) for model in models], CPU)
+    for encoder, name in zip(encoders, ["original", *RUNS], strict=True):
+        encoder.name = name
     with tempfile.TemporaryDirectory() as folder:
-        toyworld.write_classes(folder)
-        classes = ez.read_classes(folder, "")
+        write_classes(folder)
+        classes = read_classes(folder, "")
         classes.title = "subject"
-        captions = ez.read_captions(f"{folder}/captions.json", "")
-        hits = ez.classify(judges, classes, [toyworld.PREFIX + " {}"])
-        for name, tasks in ez.probe(judges, classes).items():
-            hits[name] |= tasks
-        for judge in judges:
-            images, texts = judge.images(captions.pictures), judge.texts(captions.texts)
-            found = ez.retrieval_hits(images, texts, captions.owner)
-            hits[judge.name] |= {k: v for k, v in found.items() if k.endswith(("@1", "@5"))}
-        rows, moved = ez.compare(hits), ez.drift(judges, classes.pictures, True)
-        count = len(classes.pictures)
-    text = ez.table3(rows) + "\n" + ez.drift_text(moved, "original", count)
-    about = {
-        "command": "python benchmarks/retention.py",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "torch": torch.__version__,
-        "rows": rows,
-        "drift": moved,
+        captions = read_captions(f"{folder}/captions.json", "")
+        found = verdicts(encoders, [classes], [captions], [TEMPLATE], with_probe=True)
+        moved = drift(encoders, classes.pictures, per_layer=True)
+    # One set of captions, whose name says nothing; recall@10 of so few pictures says little more.
+    hits = {
+        name: {
+            task.removeprefix(f"{captions.title} "): right
+            for task, right in tasks.items()
+            if not task.endswith("@10")
+        }
+        for name, tasks in found.items()
     }
-    head = f"`{about['command']}`, {about['date']}, {about['machine']}, torch {about['torch']}.\n\n"
-    (ROOT / "benchmarks" / "retention.json").write_text(json.dumps(about, indent=1))
-    (ROOT / "benchmarks" / "retention.md").write_text(head + text)
-    print(head + text)
+    rows = compare(hits)
+    text = table3(rows) + "\n" + drift_text(moved, "original", len(classes.pictures))
+    command, about = "python benchmarks/retention.py", facts()
+    lines = [f"{headline(command, about)}.", "", text]
+    publish("retention", lines, {"command": command, **about, "rows": rows, "drift": moved})
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

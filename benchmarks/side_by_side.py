@@ -5,17 +5,22 @@
 Nothing is measured here; both were scored on the same pairs and scenes.
 """
 
-import argparse
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
+from report import HERE, parser, publish, spread, table
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+from util.cli import run_command
 
-from toy_seeds import spread  # noqa: E402
+HEAD = ["", "n", "before", "continuous: after", "change", "discrete: after", "change"]
+
+
+def read(name: str) -> dict:
+    """Every figure of one result. Raises: FileNotFoundError where there is none."""
+    file = HERE / f"{name}.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there: toy_seeds.py --name {name} writes it")
+    return json.loads(file.read_text())
 
 
 def rows(result: dict) -> dict[str, tuple[int, float, np.ndarray]]:
@@ -26,49 +31,37 @@ def rows(result: dict) -> dict[str, tuple[int, float, np.ndarray]]:
             if side == "unmentioned" or row["pattern"] == "Average":
                 label = row["pattern"] if row["pattern"] != "Average" else f"**{side}**"
                 found[label] = row["n"], row["before"], np.array(row["after"])
-    zero_shot = result["subject_zero_shot"]
-    found["**subject zero-shot**"] = (
-        zero_shot["n"],
-        zero_shot["before"],
-        np.array(zero_shot["after"]),
-    )
+    row = result["subject_zero_shot"]
+    found["**subject zero-shot**"] = row["n"], row["before"], np.array(row["after"])
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    flags = parser(__doc__)
+    flags.add_argument("--continuous", default="toy_seeds")
+    flags.add_argument("--discrete", default="perceiver")
+    args = flags.parse_args()
+    names = args.continuous, args.discrete
+    results = [read(name) for name in names]
+    seeds = [", ".join(map(str, result["seeds"])) for result in results]
+    sources = [f"[{name}](benchmarks/{name}.md)" for name in names]
+    first = (
+        f"Percent right; mean ± standard deviation over seeds {seeds[0]} (continuous) and "
+        f"{seeds[1]} (discrete). From {sources[0]} and {sources[1]}."
     )
-    parser.add_argument("--continuous", default="toy_seeds")
-    parser.add_argument("--discrete", default="perceiver")
-    args = parser.parse_args()
-    results = [
-        json.loads((HERE / f"{name}.json").read_text()) for name in (args.continuous, args.discrete)
-    ]
     left, right = (rows(result) for result in results)
-    lines = [
-        "Percent right; mean ± standard deviation over seeds "
-        f"{', '.join(map(str, results[0]['seeds']))} (continuous) and "
-        f"{', '.join(map(str, results[1]['seeds']))} (discrete). From "
-        f"[{args.continuous}](benchmarks/{args.continuous}.md) and "
-        f"[{args.discrete}](benchmarks/{args.discrete}.md).",
-        "",
-        "| | n | before | continuous: after | change | discrete: after | change |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    cells = []
     for label, (n, before, after) in left.items():
-        other = right[label][2]
-        assert right[label][:2] == (n, before), f"{label}: not scored on the same footing"
-        lines.append(
-            f"| {label} | {n} | {before:.1f} | {spread(after)} | {spread(after - before, '+')} | "
-            f"{spread(other)} | {spread(other - before, '+')} |"
-        )
-    cosines = [np.mean(result["cosine_to_original"]) for result in results]
-    lines.append(f"| cosine to the original | | 1 | {cosines[0]:.3f} | | {cosines[1]:.3f} | |")
-    text = "\n".join([*lines, ""])
-    (HERE / "side_by_side.md").write_text(text)
-    print(text)
+        if right[label][:2] != (n, before):
+            raise ValueError(f"{names[0]} and {names[1]}: {label} was scored on different pairs")
+        line = [label, n, f"{before:.1f}"]
+        for percent in (after, right[label][2]):
+            line += [spread(percent), spread(percent - before, "+")]
+        cells.append(line)
+    cosines = [f"{np.mean(result['cosine_to_original']):.3f}" for result in results]
+    cells.append(["cosine to the original", "", 1, cosines[0], "", cosines[1], ""])
+    publish("side_by_side", [first, "", *table(HEAD, cells)])
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

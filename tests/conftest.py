@@ -9,9 +9,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from autoencoders import VAE, VQGAN, AutoencoderConfig, VQGANConfig  # noqa: E402
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig  # noqa: E402
 from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig  # noqa: E402
+from pretrained.autoencoders import VAE, VQGAN, AutoencoderConfig, VQGANConfig  # noqa: E402
 
 TINY_DENOISER = FlowDenoiserConfig(
     latent_channels=4,
@@ -89,9 +89,8 @@ def make_genhancer(tiny_vae, tiny_vqgan):
     """A whole GenHancer of a few thousand parameters; keywords go to it or to its paradigm."""
     import open_clip
 
-    from backbones import ClipInfo
-    from genhancer import GenHancer
-    from paradigms import Continuous, Discrete
+    from genhancer import Continuous, Discrete, GenHancer
+    from pretrained.backbones import ClipInfo
 
     def make(denoiser="flow", **settings):
         torch.manual_seed(0)

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-import assemble
-from runlog import Place
 from settings import Settings, preset_of
+from training import assemble
+from training.process import Process
 
-HERE = Place(0, 1, torch.device("cpu"), False)
+HERE = Process(0, 1, torch.device("cpu"), False)
 
 
 @pytest.mark.parametrize("denoiser", ["flow", "perceiver"])

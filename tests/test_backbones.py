@@ -7,12 +7,12 @@ from conftest import TINY_CLIP
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import backbones
-from backbones import describe_clip, load_clip
-from judge import find_tokenizer
+from evaluation.encoder import find_tokenizer
 from lora import inject_lora, lora_layers
-from plan import fill, one_batch, skeleton
-from settings import PRESETS, Settings, preset_of
+from pretrained import backbones
+from pretrained.backbones import describe_clip, load_clip
+from settings import BACKBONES, Settings, notes_of, preset_of
+from training.plan import fill, one_batch, skeleton
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -29,7 +29,8 @@ SIX = {
 
 
 def test_the_presets_are_the_toy_and_the_papers_six():
-    assert set(PRESETS) == {"toy", *SIX}
+    assert set(BACKBONES) == set(SIX)
+    assert set(notes_of("preset")["choices"]) == {"toy", *SIX}
 
 
 @pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
@@ -37,7 +38,7 @@ def test_the_presets_are_the_toy_and_the_papers_six():
 def test_a_preset_at_full_shape(name, denoiser):
     """Built with fake weights: tokens, widths, LoRA's parameters, and one forward pass."""
     tokens, patches, width, lora, (mean, std), resize, quick = SIX[name]
-    settings = Settings(**preset_of({"preset": name, "denoiser": denoiser}), denoiser=denoiser)
+    settings = Settings(**preset_of({"preset": name, "denoiser": denoiser}))
     info, weights = describe_clip(settings.clip)
     assert weights is None and (info.mean, info.std, info.resize_mode) == (mean, std, resize)
     assert info.model_cfg.get("quick_gelu", False) == quick
@@ -139,7 +140,7 @@ def test_what_is_not_known_is_named(named, model, message):
 def test_wrong_files_are_named(tmp_path, named):
     clip = open_clip.CLIP(**{**TINY_CLIP, "embed_dim": 12})
     save_file(clip.state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"first mismatch text_projection: expected \(32, 24\)"):
+    with pytest.raises(ValueError, match=r"does not fit.*size mismatch for text_projection"):
         load_clip(f"Tiny:{tmp_path / 'other.safetensors'}")
     (tmp_path / "cut.safetensors").write_bytes(b"1234567890")
     (tmp_path / "bad.pt").write_bytes(b"no torch file")

@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 
-import checkpoints as ckpt
+from training import checkpoints as ckpt
+from util.files import fingerprint
 
 
 def save(folder, step, keep=2, value=0.0):
@@ -62,29 +63,42 @@ def test_nothing_is_unpickled(tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
-def test_put_names_what_does_not_fit():
+def test_restore_names_what_does_not_fit(tmp_path):
+    """Exactly the parameters that train, each of its own shape."""
     module = torch.nn.Linear(2, 3)
-    names = {"weight"}
-    ckpt.put(module, {"weight": torch.ones(3, 2)}, names, "x")
-    assert torch.equal(module.weight.data, torch.ones(3, 2))
+    module.bias.requires_grad_(False)
+    bias = module.bias.detach().clone()
+
+    def checkpoint(**tensors):
+        return ckpt.save_checkpoint(tmp_path, 1, tensors, {}, {}, 1)
+
+    ckpt.restore(module, checkpoint(weight=torch.ones(3, 2)))
+    assert torch.equal(module.weight.data, torch.ones(3, 2)) and torch.equal(module.bias, bias)
     for tensors, message in (
-        ({}, r"weight is absent in the checkpoint and \(3, 2\)"),
-        ({"weight": torch.ones(2, 2)}, r"weight is \(2, 2\) in the checkpoint"),
-        (
-            {"weight": torch.ones(3, 2), "more": torch.ones(1)},
-            "more is .* and absent in this model",
-        ),
+        ({}, "the checkpoint has no weight"),
+        ({"weight": torch.ones(2, 2)}, "size mismatch for weight"),
+        ({"weight": torch.ones(3, 2), "more": torch.ones(1)}, "this model has no more"),
+        ({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, "this model has no bias"),
     ):
         with pytest.raises(ValueError, match=message):
-            ckpt.put(module, tensors, names, "x")
+            ckpt.restore(module, checkpoint(**tensors))
+
+
+def test_require_same_names_what_differs():
+    ckpt.require_same({"a": {"b": 1}, "more": 3}, {"a": {"b": 1}}, "never")
+    with pytest.raises(ValueError, match=r"another settings \(lr: 1 → 2\)"):
+        ckpt.require_same({"settings": {"lr": 1}}, {"settings": {"lr": 2}},
+                          "another {what} ({difference})")  # fmt: skip
+    with pytest.raises(ValueError, match="fingerprints: clip: None → x"):
+        ckpt.require_same({}, {"fingerprints": {"clip": "x"}}, "{what}: {difference}")
 
 
 def test_fingerprint_tells_models_apart():
     torch.manual_seed(0)
     a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    assert ckpt.fingerprint(a) == ckpt.fingerprint(a) != ckpt.fingerprint(b)
+    assert fingerprint(a) == fingerprint(a) != fingerprint(b)
     b.load_state_dict(a.state_dict())
-    assert ckpt.fingerprint(a) == ckpt.fingerprint(b)
+    assert fingerprint(a) == fingerprint(b)
 
 
 def test_first_difference():

@@ -5,23 +5,35 @@ from dataclasses import dataclass
 
 import pytest
 
-from cli import parse_settings, run_command, setting
+from util.cli import parse_settings, run_command, setting
 
 
 @dataclass(frozen=True)
 class Example:
-    preset: str = setting("small", "which")
-    size: int = setting(1, "how big, in %")
-    rate: float = setting(0.5, "how fast")
-    loud: bool = setting(False, "say so")
-    kind: str = setting("a", "which kind", ("a", "b"))
+    """Of what a command can be told."""
+
+    preset: str = setting("small", choices=("small", "large"))
+    """which"""
+    size: int = setting(1, at_least=1)
+    """how big,
+    in %"""
+    rate: float = setting(0.5)
+    """how fast"""
+    loud: bool = setting(False)
+    """say so"""
+    kind: str = setting("a", choices=("a", "b"))
+    """which kind"""
+    also: tuple[str, ...] = setting(())
+    """more of them"""
 
 
 PRESETS = {"small": {}, "large": {"size": 100, "loud": True}}
 
 
 def parse(*arguments):
-    return parse_settings(Example, PRESETS, "x", "y", list(arguments))
+    return parse_settings(
+        Example, "x", "y", list(arguments), lambda given: PRESETS[given.get("preset", "small")]
+    )
 
 
 def test_defaults_presets_and_flags_in_that_order():
@@ -36,10 +48,14 @@ def test_a_preset_may_depend_on_other_flags():
         return {"size": 10 if given.get("kind") == "b" else 1}
 
     def parse(*arguments):
-        return parse_settings(Example, PRESETS, "x", "y", list(arguments), preset_of=preset_of)
+        return parse_settings(Example, "x", "y", list(arguments), preset_of)
 
     assert parse().size == 1 and parse("--kind", "b").size == 10
     assert parse("--kind", "b", "--size", "3").size == 3
+
+
+def test_a_tuple_is_a_flag_that_may_be_repeated():
+    assert parse().also == () and parse("--also", "x", "--also", "y").also == ("x", "y")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +65,7 @@ def test_a_preset_may_depend_on_other_flags():
         (["--qqqqqq"], "see --help"),
         (["--size", "three"], "invalid int value: 'three'"),
         (["--kind", "c"], "invalid choice: 'c'"),
+        (["--size", "0"], "--size 0: must be at least 1"),
         (["--preset", "medium"], "invalid choice: 'medium'"),
         (["--siz", "3"], "did you mean --size"),
     ],

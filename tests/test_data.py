@@ -155,7 +155,7 @@ def test_an_error_in_a_worker_arrives_as_one_line(tmp_path, workers):
     folder = write_images(tmp_path, 2)
     for file in folder.glob("*.png"):
         file.write_bytes(b"broken")
-    stream = data.batches(pictures_in(folder, 16), data.MicroBatches(2, 2, 2), workers)
+    stream = data.batches(pictures_in(folder, 16), data.MicroBatches(2, data.Share(2, 2)), workers)
     with pytest.raises(ValueError, match="^data: 2 images in a row cannot be read[^\n]*$"):
         next(stream)
 
@@ -189,8 +189,9 @@ def test_white_bars_of_a_jpeg_and_in_a_data_set(tmp_path):
 
 
 # -- order ---------------------------------------------------------------------------------------
-def take(n, *args, **kwargs):
-    return list(itertools.islice(iter(data.MicroBatches(*args, **kwargs)), n))
+def take(n, length, *share, **kwargs):
+    """The first n micro-batches of a `share`: global batch, micro batch, rank, ranks."""
+    return list(itertools.islice(data.MicroBatches(length, data.Share(*share), **kwargs), n))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -198,7 +199,7 @@ def take(n, *args, **kwargs):
 def test_global_batch_is_the_same_for_any_split(ranks, micro):
     whole = take(5, 37, 16, 16, seed=3)
     pieces = [
-        take(5 * 16 // (micro * ranks), 37, 16, micro, rank=r, ranks=ranks, seed=3)
+        take(5 * 16 // (micro * ranks), 37, 16, micro, r, ranks, seed=3)
         for r in range(ranks)
     ]
     per_step = 16 // (micro * ranks)
@@ -233,13 +234,13 @@ def test_data_smaller_than_a_batch_works():
 
 def test_uneven_global_batch_is_refused():
     with pytest.raises(ValueError, match="no multiple"):
-        data.MicroBatches(10, 10, 4)
+        data.MicroBatches(10, data.Share(10, 4))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_carry_images_names_and_positions(tmp_path, workers):
     files = pictures_in(write_images(tmp_path, 6), 16)
-    stream = data.batches(files, data.MicroBatches(6, 4, 4, seed=1), workers)
+    stream = data.batches(files, data.MicroBatches(6, data.Share(4, 4), seed=1), workers)
     first, second = next(stream), next(stream)
     assert first["image"].shape == (4, 3, 16, 16) and first["position"] == [0, 1, 2, 3]
     assert second["position"] == [4, 5, 6, 7] and len(first["name"]) == 4
@@ -248,10 +249,12 @@ def test_batches_carry_images_names_and_positions(tmp_path, workers):
 
 def test_cache_returns_the_same_images_and_what_was_encoded(tmp_path):
     files = pictures_in(write_images(tmp_path, 5), 16)
-    cache = data.FrozenCache(files, lambda x: {"mean_color": x.mean((2, 3))}, chunk=2)
+    cache = data.CachedPictures(files, lambda x: {"mean_color": x.mean((2, 3))}, chunk=2)
     assert len(cache) == 5
     for i in range(5):
         item, original = cache[(i, 7)], files[(i, 0)]
         assert (item["image"] - original["image"]).abs().max() <= 0.5 / 255 + 1e-6
-        assert torch.allclose(item["frozen/mean_color"], original["image"].mean((1, 2)))
+        assert torch.allclose(item["cached"]["mean_color"], original["image"].mean((1, 2)))
         assert item["name"] == original["name"]
+    batch = data.collate([cache[(i, 0)] for i in (3, 1)])
+    assert torch.equal(batch["cached"]["mean_color"], cache.cached["mean_color"][[3, 1]])

@@ -37,7 +37,8 @@ SPY = f"""
 import json, os, shutil, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import checkpoints, train
+import train
+from util.files import fingerprint
 def spy(here, rank):
     seen, gradients = [], []
     batches, clip, run_stage = train.batches, torch.nn.utils.clip_grad_norm_, train.run_stage
@@ -52,7 +53,7 @@ def spy(here, rank):
     def ended(stage, model, *args):
         run_stage(stage, model, *args)
         with open(f"{{here}}/rank{{rank}}.json", "w") as file:
-            json.dump({{"hash": checkpoints.fingerprint(model), "seen": seen}}, file)
+            json.dump({{"hash": fingerprint(model), "seen": seen}}, file)
         torch.save(gradients, f"{{here}}/rank{{rank}}.pt")
     train.batches, torch.nn.utils.clip_grad_norm_, train.run_stage = watched, clipped, ended
     train.main(train.command_line())

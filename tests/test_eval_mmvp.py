@@ -1,4 +1,4 @@
-"""eval_mmvp.py: the rules of METHOD section 10, statistics against scipy, folders good and bad."""
+"""eval_mmvp.py: the rules of MMVP-VLM, statistics against scipy, folders good and bad."""
 
 import csv
 import json
@@ -18,11 +18,11 @@ from scipy import stats
 from test_wrong_input import command
 
 import eval_mmvp as ev
-import pairsets
-import scoring
-import toyworld
-from backbones import load_clip
-from judge import Judge, load_judges
+from evaluation import pairsets, scoring
+from evaluation.encoder import Encoder, load_encoders
+from pretrained.backbones import load_clip
+from toy import benchmark
+from toy.world import TOY_DIR
 
 
 def pair_hits(images, texts):
@@ -103,7 +103,7 @@ def test_summary_counts_patterns_and_average():
 # -- folders -------------------------------------------------------------------------------------
 @pytest.fixture
 def folder(tmp_path):
-    toyworld.write_benchmark(toyworld.benchmark(False, 2, seed=5), tmp_path)
+    benchmark.write_pairs(benchmark.pairs(False, 2, seed=5), tmp_path)
     return tmp_path
 
 
@@ -116,17 +116,15 @@ def rewrite(folder, change):
 
 
 def test_written_benchmark_reads_back_and_scores_the_same(folder):
-    judge = Judge(
-        "toy", *load_clip(str(toyworld.TOY_DIR / "clip.safetensors")), torch.device("cpu")
+    encoder = Encoder(
+        "toy", *load_clip(str(TOY_DIR / "clip.safetensors")), torch.device("cpu")
     )
-    pairs = toyworld.benchmark(False, 2, seed=5)
-    back = pairsets.read_mmvp(folder)
-    direct = ev.toy_items(False, 2, seed=5)
+    direct, back = benchmark.pairs(False, 2, seed=5), pairsets.read_mmvp(folder)
     assert [(i.category, i.captions, i.name) for i in back] == [
-        (p.pattern, p.statements, f"{p.ids[0]}-{p.ids[1]}") for p in pairs
+        (i.category, i.captions, i.name) for i in direct
     ]
-    for task, verdict in ev.score(judge, back, ev.TOY_TEMPLATE).items():
-        assert np.array_equal(verdict, ev.score(judge, direct, ev.TOY_TEMPLATE)[task])
+    for task, verdict in scoring.score(encoder, back, benchmark.TEMPLATE).items():
+        assert np.array_equal(verdict, scoring.score(encoder, direct, benchmark.TEMPLATE)[task])
 
 
 def test_row_order_does_not_matter(folder):
@@ -209,7 +207,7 @@ def run(*arguments):
     return subprocess.CompletedProcess(arguments, code, out, out)
 
 
-TOY = toyworld.TOY_DIR / "clip.safetensors"
+TOY = TOY_DIR / "clip.safetensors"
 
 
 @pytest.fixture
@@ -231,7 +229,7 @@ def test_command_on_a_folder(folder, enhanced, tmp_path):
     done = run("--benchmark", folder, "--model", TOY, "--model", enhanced, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "MMVP-VLM, 18 pairs, text-to-image; prompt 'a photo of {}'; one is 5.56" in done.stdout
-    assert "Within the noise" in done.stdout and "against original: won" in done.stdout
+    assert "Within the noise" in done.stdout and "against toy/clip: won" in done.stdout
     result = json.loads((out / "mmvp.json").read_text())
     assert result["text-to-image"][-1]["n"] == result["group"][-1]["n"] == 18
     rows = result["text-to-image"][-1]["models"]
@@ -245,9 +243,9 @@ def test_two_prompts_show_their_spread(folder, tmp_path):
     done = run("--benchmark", folder, "--model", TOY, *flags)
     assert done.returncode == 0 and "spread, max − min" in done.stdout, done.stdout
     result = json.loads((tmp_path / "out" / "mmvp.json").read_text())
-    averages = result["text-to-image, by prompt"]["original"]
+    averages = result["text-to-image, by prompt"]["toy/clip"]
     assert averages[0] == pytest.approx(
-        result["text-to-image"][-1]["models"]["original"]["percent"]
+        result["text-to-image"][-1]["models"]["toy/clip"]["percent"]
     )
     assert len(averages) == 2
 
@@ -283,22 +281,22 @@ def test_the_papers_rows_stand_beside_known_backbones(tmp_path):
 
 def test_features_are_kept_and_never_mistaken(folder, tmp_path):
     clip, info = load_clip(str(TOY))
-    judge = Judge("a", clip, info, torch.device("cpu"), tmp_path / "features")
+    encoder = Encoder("a", clip, info, torch.device("cpu"), tmp_path / "features")
     pictures = [p for item in pairsets.read_mmvp(folder) for p in item.images]
-    first = judge.images(pictures)
+    first = encoder.images(pictures)
     files = list((tmp_path / "features").iterdir())
     clip.encode_image = None  # from here on only the cache can answer
-    assert torch.equal(judge.images(pictures), first) and len(files) == 1
+    assert torch.equal(encoder.images(pictures), first) and len(files) == 1
     os.utime(pictures[0], (1, 1))  # a picture that changed is another picture
     with pytest.raises(TypeError):
-        judge.images(pictures)
+        encoder.images(pictures)
     files[0].write_bytes(b"damaged")
     with pytest.raises(TypeError):
-        judge.images(pictures)
+        encoder.images(pictures)
     again, _ = load_clip(str(TOY))
     with torch.no_grad():
         again.visual.proj.mul_(-1)
-    other = Judge("b", again, info, torch.device("cpu"), tmp_path / "features").images(pictures)
+    other = Encoder("b", again, info, torch.device("cpu"), tmp_path / "features").images(pictures)
     assert not torch.allclose(other, first), "other weights, other features"
 
 
@@ -306,9 +304,9 @@ def test_a_transformers_folder_is_a_model_too(folder, enhanced, tmp_path):
     import export_hf
 
     export_hf.export(enhanced, tmp_path / "hf")
-    judges = load_judges([str(enhanced), str(tmp_path / "hf")], torch.device("cpu"), None)
+    encoders = load_encoders([str(enhanced), str(tmp_path / "hf")], torch.device("cpu"), None)
     pictures = [p for item in pairsets.read_mmvp(folder) for p in item.images]
-    one, two = (judge.images(pictures) for judge in judges)
+    one, two = (encoder.images(pictures) for encoder in encoders)
     assert torch.equal(one, two)
 
 
@@ -348,9 +346,9 @@ def test_json_pairs_and_single_images(folder, tmp_path):
     for title in ("18 pairs, text-to-image", "18 pairs, image-to-text", "18 pairs, group",
                   "1 single images, image-to-text"):  # fmt: skip
         assert f"mine, {title}" in done.stdout
-    judge = Judge("toy", *load_clip(str(TOY)), torch.device("cpu"))
-    same = ev.score(judge, pairsets.read_mmvp(folder), "a photo of {}")
-    again = ev.score(judge, pairsets.read_json(file).items[:-1], "a photo of {}")
+    encoder = Encoder("toy", *load_clip(str(TOY)), torch.device("cpu"))
+    same = scoring.score(encoder, pairsets.read_mmvp(folder), "a photo of {}")
+    again = scoring.score(encoder, pairsets.read_json(file).items[:-1], "a photo of {}")
     assert all(np.array_equal(same[task], again[task]) for task in same)
 
 
@@ -409,7 +407,7 @@ def test_a_broken_picture_is_named(folder, tmp_path):
 
 def test_every_further_model_gets_its_own_picture_of_changed_pairs(tmp_path):
     """Two enhanced models beside the original: nobody's picture is overwritten."""
-    items = ev.toy_items(True, 1, seed=3)
+    items = benchmark.pairs(True, 1, seed=3)
     before = np.zeros(len(items), dtype=bool)
     after = {"a/enhanced": ~before, "b/enhanced": before.copy()}
     after["b/enhanced"][0] = True

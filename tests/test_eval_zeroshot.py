@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from test_wrong_input import command
 
 import eval_zeroshot as ez
-import toyworld
-from backbones import load_clip
-from judge import Judge, ridge_probe
-from scoring import mcnemar
+from evaluation.encoder import Encoder
+from evaluation.scoring import mcnemar, ridge_probe
+from pretrained.backbones import load_clip
+from toy import benchmark
+from toy.world import TOY_DIR
 
-TOY = toyworld.TOY_DIR / "clip.safetensors"
+TOY = TOY_DIR / "clip.safetensors"
 CPU = torch.device("cpu")
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -32,9 +33,9 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
-    """Toy scenes in one folder per subject, with captions.json, as `toyworld.py classes` writes."""
+    """Toy scenes in one folder per subject, with captions.json."""
     folder = tmp_path_factory.mktemp("classes")
-    toyworld.write_classes(folder, count=160)
+    benchmark.write_classes(folder, count=160)
     return folder
 
 
@@ -136,17 +137,17 @@ def test_both_sides_in_one_call(classes, captions, enhanced, tmp_path):
     assert tasks[:3] == [f"{classes.name} {t}" for t in ("top-1", "top-5", "linear probe")]
     assert tasks[3:] == [f"sixty {way}@{k}" for way in ("image", "text") for k in (1, 5, 10)]
     top1 = found["rows"][0]["models"]
-    assert top1["original"]["percent"] > 90, "the toy CLIP knows its subjects"
-    changed = next(m for name, m in top1.items() if name != "original")
+    assert top1["toy/clip"]["percent"] > 90, "the toy CLIP knows its subjects"
+    changed = next(m for name, m in top1.items() if name != "toy/clip")
     assert changed["lost"] > 0 and changed["change_interval"][0] < changed["change"]
     moved = next(iter(found["drift"].values()))
     assert 0 < moved["features"] < 1 and len(moved["layers"]) == 4
     assert moved["layers"][0] > moved["layers"][-1], "the shaking adds up over layers"
 
-    judge = Judge("x", *load_clip(str(TOY)), CPU)
+    encoder = Encoder("x", *load_clip(str(TOY)), CPU)
     read = ez.read_captions(str(captions), "")
     assert len(read.texts) == 2 * len(read.pictures) > 80
-    images, texts = judge.images(read.pictures[:20]), judge.texts(read.texts[:40])
+    images, texts = encoder.images(read.pictures[:20]), encoder.texts(read.texts[:40])
     image, text = by_hand(images.double(), texts.double(), read.owner[:40], 1)
     hits = ez.retrieval_hits(images, texts, read.owner[:40])
     assert hits["image@1"].tolist() == image and hits["text@1"].tolist() == text
@@ -163,11 +164,11 @@ def test_a_second_call_is_answered_from_the_cache(classes, tmp_path):
 
 
 def test_class_directions_are_means_over_prompts():
-    judge = Judge("x", *load_clip(str(TOY)), CPU)
+    encoder = Encoder("x", *load_clip(str(TOY)), CPU)
     templates = ["a photo of {}", "{}"]
-    found = ez.class_texts(judge, ["bird", "key"], templates)
+    found = ez.class_texts(encoder, ["bird", "key"], templates)
     for i, name in enumerate(("bird", "key")):
-        each = judge.texts([t.format(name) for t in templates])
+        each = encoder.texts([t.format(name) for t in templates])
         assert torch.allclose(found[i], F.normalize(each.mean(0), dim=0), atol=1e-6)
     assert len(ez.prompts("imagenet80")) == 80 and len(ez.prompts("imagenet7")) == 7
     assert callable(ez.prompts("imagenet80")[0])
@@ -251,9 +252,9 @@ def test_real_photographs_end_to_end(tmp_path):
     rows = json.loads((tmp_path / "zeroshot.json").read_text())["rows"]
     found = {row["task"]: row["models"] for row in rows}
     assert next(r["n"] for r in rows if r["task"] == "captions text@1") == 83
-    judge = Judge("a", *load_clip(str(tmp_path / "a")), CPU)
+    encoder = Encoder("a", *load_clip(str(tmp_path / "a")), CPU)
     read = ez.read_captions(str(tmp_path / "twenty.json"), str(SHARED))
-    images, texts = judge.images(read.pictures).double(), judge.texts(read.texts).double()
+    images, texts = encoder.images(read.pictures).double(), encoder.texts(read.texts).double()
     for k in (1, 5, 10):
         image, text = by_hand(images, texts, read.owner, k)
         name = next(iter(found["twenty image@1"]))

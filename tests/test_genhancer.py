@@ -9,8 +9,8 @@ import torch
 from conftest import TINY_CLIP
 from safetensors.torch import save_file
 
-import backbones
 from lora import lora_layers
+from pretrained import backbones
 
 
 def images(n=4):
@@ -107,7 +107,8 @@ def test_no_local_token_leaks(make_genhancer, denoiser):
 @pytest.mark.parametrize("ratio, tokens", [(0, 1), (10, 1 + 2), (50, 1 + 8), (100, 1 + 16)])
 def test_local_ratio_counts_tokens(make_genhancer, ratio, tokens):
     model = make_genhancer(local_ratio=ratio)
-    context, vector, _ = model.condition(images(), draws(model).get("local_order"))
+    features, patches = model.encode(images())
+    context, vector = model.condition(features, patches, draws(model).get("local_order"))
     assert context.shape == (4, tokens, 20) and vector.shape == (4, 12)
 
 
@@ -146,7 +147,7 @@ def test_normalises_twice(make_genhancer, denoiser):
 @BOTH
 def test_cached_frozen_parts_change_nothing(make_genhancer, denoiser):
     model = make_genhancer(denoiser)
-    frozen = model.frozen(images())
+    frozen = model.precompute(images())
     model.start_stage1()
     assert torch.equal(
         model(images(), draws(model))["loss"], model(images(), draws(model), frozen)["loss"]
@@ -161,7 +162,7 @@ def test_cached_frozen_parts_change_nothing(make_genhancer, denoiser):
 @BOTH
 def test_condition_matters(make_genhancer, denoiser):
     model = make_genhancer(denoiser)
-    frozen = model.frozen(images())
+    frozen = model.precompute(images())
     other = {**frozen, "original": frozen["original"].flip(0)}
     model.start_stage1()
     assert not torch.allclose(
@@ -194,7 +195,7 @@ def test_drift_term(make_genhancer, denoiser):
         for adapter in layer.adapters.values():
             torch.nn.init.normal_(adapter.B, std=0.2)
     moved = model(images(), draws(model))
-    features, original = model.frozen(images())["original"], model.condition(images())[2]
+    original, (features, _) = model.original_features(images()), model.encode(images())
     by_hand = 1 - torch.nn.functional.cosine_similarity(features, original, dim=-1)
     assert torch.allclose(moved["drift"], by_hand.detach(), atol=1e-6) and by_hand.min() > 1e-4
     expected = moved["per_image"].mean() + 3.0 * by_hand.mean()
@@ -300,7 +301,7 @@ def test_weights_of_another_architecture(tmp_path):
     other = {**TINY_CLIP, "embed_dim": 48}
     config = backbones.ClipInfo("x", other, (0.5,) * 3, (0.25,) * 3).open_clip_config()
     (tmp_path / "clip.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="first mismatch text_projection"):
+    with pytest.raises(ValueError, match="does not fit.*size mismatch for text_projection"):
         backbones.load_clip(str(tmp_path / "clip.safetensors"))
     (tmp_path / "clip.json").write_text("{")
     with pytest.raises(ValueError, match="describes no model"):

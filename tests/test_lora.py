@@ -183,7 +183,7 @@ def test_cross_attention_goes_through_each_input():
 
 
 def test_published_counts_vit_l_14():
-    """METHOD section 7: 7.08 M adapters + 28.7 k projection + 0.22 M biases at r = 16."""
+    """App. B, r = 16: 7.08 M adapters + 28.7 k projection + 0.22 M biases."""
     config = open_clip.get_model_config("ViT-L-14")
     with torch.device("meta"):
         visual = open_clip.CLIP(**config).visual

@@ -1,4 +1,4 @@
-"""paradigms.py: what each paradigm draws, hides, asks for and shows; parts that do not fit."""
+"""The two paradigms of genhancer.py: what each draws, hides, asks for and shows."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_DENOISER, TINY_PERCEIVER
 
 from flow_denoiser import FlowDenoiser
-from paradigms import Continuous, Discrete
+from genhancer import Continuous, Discrete
 from perceiver_denoiser import PerceiverDenoiser, split_positions
 
 
@@ -46,16 +46,16 @@ def test_no_masked_index_reaches_the_logits_through_the_paradigm(discrete):
     seen = []
     discrete.denoiser.head.register_forward_hook(lambda m, args, out: seen.append(out))
     draws = discrete.draw(generators(0, 1, 2), *generators(9))
-    frozen = discrete.frozen(images())
+    tokens = discrete.tokenize(images())
     context = torch.randn(3, 1, 32)
-    before = discrete.losses(frozen, draws, context)
+    before = discrete.losses(discrete.hide(tokens, draws), context, None)
     _, masked = split_positions(draws["order"], int(draws["count"]))
-    indices = frozen["indices"]
+    indices = tokens["indices"]
     changed = indices.scatter(1, masked, (indices.gather(1, masked) + 5) % 24)
-    after = discrete.losses({"indices": changed}, draws, context)
+    after = discrete.losses(discrete.hide({"indices": changed}, draws), context, None)
     assert torch.equal(seen[0], seen[1])
     assert not torch.allclose(before["per_image"], after["per_image"])
-    assert before["where"].tolist() == [int(draws["count"]) / 16] * 3
+    assert before["level"].tolist() == [int(draws["count"]) / 16] * 3
 
 
 def test_codes_are_brought_to_unit_scale(discrete):
@@ -72,7 +72,7 @@ def test_discrete_pictures_keep_what_was_visible(discrete):
     decoded = []
     decode = discrete.tokenizer.decode
     discrete.tokenizer.decode = lambda indices: decoded.append(indices) or decode(indices)
-    rows = discrete.reconstruct(images(), draws, torch.randn(3, 1, 32), ratio=0.75)
+    rows = discrete.reconstruct(images(), draws, torch.randn(3, 1, 32), None, ratio=0.75)
     truth, completed, drawn = decoded
     visible, masked = split_positions(draws["order"], 12)
     assert torch.equal(completed.gather(1, visible), truth.gather(1, visible))
@@ -92,26 +92,26 @@ def test_continuous_draws_belong_to_images(continuous):
     assert whole["noise"].shape == (3, 4, 4, 4) and whole["t"].shape == (3,)
 
 
-def test_frozen_parts_by_name(continuous, discrete):
-    frozen = continuous.frozen(images())
+def test_tokens_by_name(continuous, discrete):
+    tokens = continuous.tokenize(images())
     mean, log_variance = continuous.tokenizer.moments(images() * 2 - 1)
-    assert torch.equal(frozen["mean"], mean) and torch.equal(frozen["log_variance"], log_variance)
+    assert torch.equal(tokens["mean"], mean) and torch.equal(tokens["log_variance"], log_variance)
     expected = discrete.tokenizer.indices(images() * 2 - 1)
-    assert torch.equal(discrete.frozen(images())["indices"], expected)
+    assert torch.equal(discrete.tokenize(images())["indices"], expected)
 
 
 def test_parts_that_do_not_fit(tiny_vae, tiny_vqgan):
     flow = dataclasses.replace(TINY_DENOISER, latent_channels=16)
-    with pytest.raises(ValueError, match="4 latent channels, the denoiser expects 16"):
+    with pytest.raises(ValueError, match="4 latent channels, the denoiser wants 16"):
         Continuous(tiny_vae, FlowDenoiser(flow), 32)
-    with pytest.raises(ValueError, match="no multiple of 16"):
+    with pytest.raises(ValueError, match="no multiple of a token's 16"):
         Continuous(tiny_vae, FlowDenoiser(TINY_DENOISER), 40)
     with pytest.raises(ValueError, match="expected 'logit-normal' or 'uniform'"):
-        Continuous(tiny_vae, FlowDenoiser(TINY_DENOISER), 32, time_distribution="normal")
+        Continuous(tiny_vae, FlowDenoiser(TINY_DENOISER), 32, times=("normal", 1.0))
     perceiver = dataclasses.replace(TINY_PERCEIVER, codes=99)
-    with pytest.raises(ValueError, match="24 codes of width 6, the denoiser expects 99"):
+    with pytest.raises(ValueError, match="24 codes of width 6, the denoiser wants 99"):
         Discrete(tiny_vqgan, PerceiverDenoiser(perceiver), 32)
     with pytest.raises(ValueError, match="no grid of 4 × 4 tokens of 8 px"):
         Discrete(tiny_vqgan, PerceiverDenoiser(TINY_PERCEIVER), 64)
     with pytest.raises(ValueError, match="expected 0 < from"):
-        Discrete(tiny_vqgan, PerceiverDenoiser(TINY_PERCEIVER), 32, mask_from=0.0)
+        Discrete(tiny_vqgan, PerceiverDenoiser(TINY_PERCEIVER), 32, mask_range=(0.0, 0.9))

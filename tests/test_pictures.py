@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pictures import LINE, MARGIN, labelled_rows, sample_grid
+from util.pictures import LINE, MARGIN, labelled_rows, sample_grid
 
 
 def flat(*color):

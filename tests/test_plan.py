@@ -11,13 +11,13 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import assemble
-import plan
-from runlog import Place
-from settings import PRESETS, Settings, preset_of
-from train import make_optimizer, parameter_groups
+from settings import BACKBONES, Settings, preset_of
+from training import assemble, plan
+from training import checkpoints as ckpt
+from training.assemble import make_optimizer, parameter_groups
+from training.process import Process
 
-CPU = Place(0, 1, torch.device("cpu"), False)
+CPU = Process()
 
 
 def toy(denoiser="flow", **more):
@@ -102,12 +102,12 @@ def test_the_true_peak_of_a_step(denoiser, stage):
         optimizer = make_optimizer(parameter_groups(model, settings, stage), settings, CPU)
         images, draws = plan.one_batch(model, settings.micro_batch, "cpu")
         with torch.no_grad():
-            frozen = model.frozen(images)
+            cached = model.precompute(images)
         for _ in range(2):  # the moments exist from the second step on
             moments = [v for state in optimizer.state.values() for v in state.values()]
             live = Live([*(p.data for p in model.parameters()), *model.buffers(), *moments])
             with live:
-                model(images, draws, frozen)["loss"].backward()
+                model(images, draws, cached)["loss"].backward()
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     print(f"{denoiser}, stage {stage}: peak {live.peak / foretold:.3f} of the plan")
@@ -115,9 +115,6 @@ def test_the_true_peak_of_a_step(denoiser, stage):
 
 
 def test_checkpoints_are_as_large_as_foretold(tmp_path):
-    import checkpoints as ckpt
-    from train import trained
-
     settings = toy(stage="1")
     foretold = plan.make_plan(settings, 1, "cpu")
     _, model = assemble.build_model(settings, CPU)
@@ -126,7 +123,7 @@ def test_checkpoints_are_as_large_as_foretold(tmp_path):
     model.paradigm.denoiser.requires_grad_(True)
     sum(p.sum() for p in model.parameters() if p.requires_grad).backward()
     optimizer.step()
-    folder = ckpt.save_checkpoint(tmp_path, 1, trained(model), optimizer.state_dict(), {}, 1)
+    folder = ckpt.save_checkpoint(tmp_path, 1, ckpt.trainable(model), optimizer.state_dict(), {}, 1)
     size = sum(file.stat().st_size for file in folder.iterdir())
     assert foretold.stages[1].checkpoint == pytest.approx(size, rel=0.05)
 
@@ -140,7 +137,7 @@ def test_flops_of_a_product_are_two_a_number():
     assert 0.6 * denoiser < figures.stages[1].flops < 2.0 * denoiser
 
 
-@pytest.mark.parametrize("preset", [p for p in PRESETS if p != "toy"])
+@pytest.mark.parametrize("preset", BACKBONES)
 def test_the_command_for_every_preset(preset):
     start = time.time()
     command = [sys.executable, str(ROOT / "train.py"), "--plan", "--preset", preset, "--zero"]

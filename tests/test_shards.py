@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import data
-import shards
+from training import shards
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "cc3m_style"
 
@@ -215,7 +215,7 @@ def test_every_sample_once_per_epoch(tmp_path, some_shards, ranks, workers):
         """(position, name) of the global batches, all ranks together."""
         found = []
         for rank in range(ranks):
-            sampler = data.MicroBatches(83, 8, 2, rank, ranks, seed, start)
+            sampler = data.MicroBatches(83, data.Share(8, 2, rank, ranks), seed, start)
             stream = data.batches(files, sampler, workers)
             for batch in itertools.islice(stream, steps * sampler.accumulation):
                 assert not any(batch["unreadable"])

@@ -19,13 +19,14 @@ from conftest import ROOT, SIGLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoints as ckpt
-import toyworld
 import train as training
-from autoencoders import load_vqgan
-from backbones import load_clip
-from cli import run_command
+from evaluation.encoder import find_tokenizer
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
+from pretrained.autoencoders import load_vqgan
+from pretrained.backbones import load_clip
+from toy import world
+from training import checkpoints as ckpt
+from util.cli import run_command
 
 COMMON = shlex.split(
     "--toy_images 48 --width 32 --heads 2 --batch 16 --micro_batch 16 --warmup 2 --stage1_steps 6 "
@@ -134,13 +135,13 @@ def test_enhanced_model_loads_everywhere(straight):
     folder = straight / "enhanced"
     ours, _ = load_clip(str(folder))
     theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    original, _ = load_clip(str(toyworld.TOY_DIR / "clip.safetensors"))
+    original, info = load_clip(str(world.TOY_DIR / "clip.safetensors"))
     images = torch.rand(4, 3, 64, 64)
     assert torch.equal(ours.encode_image(images), theirs.eval().encode_image(images))
     assert not torch.equal(ours.encode_image(images), original.encode_image(images)), (
         "stage 2 changed the tower"
     )
-    text = toyworld.ToyTokenizer()(["a photo of fish"])
+    text = find_tokenizer(info)(["a photo of fish"])
     assert torch.equal(ours.encode_text(text), original.encode_text(text)), (
         "and left the text tower alone"
     )
@@ -417,7 +418,7 @@ def perceiver(tmp_path_factory):
 def test_perceiver_metrics_stand_beside_ln_k(perceiver):
     lines = metrics(perceiver)
     assert [(line["stage"], line["step"]) for line in lines] == [(1, 3), (1, 6), (2, 3), (2, 4)]
-    codes = load_vqgan(toyworld.TOY_DIR / "vqgan.safetensors").config.codes
+    codes = load_vqgan(world.TOY_DIR / "vqgan.safetensors").config.codes
     for line in lines:
         assert line["uniform_guess"] == math.log(codes)
         assert abs(line["loss"] - line["uniform_guess"]) < 1.5 and 0 <= line["accuracy"] <= 1
@@ -516,14 +517,14 @@ WRONG = {
     "not a number": (["--batch", "many"], "invalid int value"),
     "missing CLIP": (["--clip", "gone.safetensors"], "is missing"),
     "missing VAE": (["--vae", "gone.safetensors"], "no file gone.safetensors"),
-    "CLIP given as VAE": (["--vae", str(toyworld.TOY_DIR / "clip.safetensors")], "first mismatch"),
+    "CLIP given as VAE": (["--vae", str(world.TOY_DIR / "clip.safetensors")], "does not fit"),
     "missing VQ-GAN": ([*DISCRETE, "--vqgan", "gone.ckpt"], "no file gone.ckpt"),
     "VAE given as VQ-GAN": (
-        [*DISCRETE, "--vqgan", str(toyworld.TOY_DIR / "vae.safetensors")],
-        "first mismatch",
+        [*DISCRETE, "--vqgan", str(world.TOY_DIR / "vae.safetensors")],
+        "does not fit",
     ),
     "VQ-GAN given as VAE": (
-        ["--vae", str(toyworld.TOY_DIR / "vqgan.safetensors")],
+        ["--vae", str(world.TOY_DIR / "vqgan.safetensors")],
         "is of another kind",
     ),
     "bad mask range": ([*DISCRETE, "--mask_from", "0.9", "--mask_to", "0.5"], "from ≤ to"),

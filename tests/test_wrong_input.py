@@ -139,7 +139,7 @@ TABLE = [
     (FULL + "--denoiser perceiver", "--vqgan is missing"),
     (FULL + "--vae {here}/nowhere.safetensors", "no file"),
     (FULL + "--vae {here}/cut.safetensors", "not a whole safetensors file"),
-    (FULL + "--vae {toy}/clip.safetensors", "first mismatch"),
+    (FULL + "--vae {toy}/clip.safetensors", "does not fit"),
     (FULL + "--vae {toy}/vqgan.safetensors", "is of another kind"),
     (FULL + "--denoiser perceiver --vqgan {here}/evil.ckpt", "cannot be read as tensors alone"),
     (FULL + "--vae {toy}/vae.safetensors --flux {here}/nowhere.safetensors", "FLUX weights: no"),
@@ -149,7 +149,7 @@ TABLE = [
     (FAST + "--clip ViT-L-14:openai", "use ViT-L-14-quickgelu:openai"),
     (FAST + "--clip ViT-B-32:nowhere.pt", "no weights file"),
     (FAST + "--clip {here}/alone.safetensors", "need their architecture beside"),
-    (FAST + "--clip {here}/other.safetensors", "first mismatch"),
+    (FAST + "--clip {here}/other.safetensors", "does not fit"),
     (FAST + "--clip {here}/empty", "is missing"),
     (FAST + "--clip {here}/hf", "export_hf.py"),
     # runs
@@ -178,9 +178,10 @@ TABLE = [
         "cannot be read",
     ),
     # the rest
-    ("toyworld.py", "expected 'pretrain'"),
-    ("toyworld.py pretrain --onyl vae", "did you mean --only?"),
-    ("toyworld.py pretrain --only vqgan --out {here}/empty", "make it with --only vae"),
+    ("toy/benchmark.py", "expected 'pairs FOLDER'"),
+    ("toy/pretrain.py --onyl vae", "did you mean --only?"),
+    ("toy/pretrain.py --scenes 0", "must be at least 1"),
+    ("toy/pretrain.py --only vqgan --out {here}/empty", "make it with --only vae"),
     ("export_hf.py --model {here}/nowhere --out {here}/x", "no folder"),
     ("export_hf.py --model {here}/empty --out {here}/x", "is no model folder"),
     ("export_hf.py --model {here}/hf --out {here}/x", "no vision_config"),
@@ -207,7 +208,7 @@ def test_the_table_is_long_enough_and_nothing_was_executed_or_lost(world):
 
 def test_too_little_memory_is_a_line(monkeypatch, capsys):
     """What PyTorch says on a GPU and on a CPU, and what a killed worker looks like."""
-    from cli import run_command
+    from util.cli import run_command
 
     for message, words in (
         ("CUDA out of memory. Tried to allocate 20.00 GiB", "lower --micro_batch"),

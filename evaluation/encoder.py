@@ -1,4 +1,4 @@
-"""A CLIP under examination: any spelling of a model, its pictures and texts as unit vectors.
+"""A CLIP as its judges see it: any spelling of a model, its pictures and texts as unit vectors.
 
 Every evaluation asks the same of a model: encode these pictures, encode these texts, in float32 and
 with the preprocessing that the model was trained with. That takes minutes on real data, and the
@@ -11,13 +11,13 @@ Letters: K pictures or texts, d width of the joint space, D width of the tower.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
-import torch.nn.functional as F
 from open_clip.transform import image_transform
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,15 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import export_hf
-import toyworld
-from backbones import ClipInfo, build_clip, load_clip
-from checkpoints import fingerprint, save_tensors
+from pretrained.backbones import ClipInfo, build_clip, load_clip
+from util.files import fingerprint, save_tensors
 
 Picture = Path | str | np.ndarray
 
 
 @dataclass
-class Judge:
+class Encoder:
     """One CLIP with its tokenizer and preprocessing, in float32.
 
     Args: cache: folder for features; None keeps none.
@@ -64,8 +63,7 @@ class Judge:
         """
 
         def encode(part: list[Picture]) -> Tensor:
-            stacked = torch.stack([self.transform(open_picture(p)) for p in part])
-            return self.clip.encode_image(stacked.to(self.device), normalize=True)
+            return self.clip.encode_image(self._stacked(part), normalize=True)
 
         return self._remembered("image", pictures, encode, batch)
 
@@ -81,8 +79,8 @@ class Judge:
     def layers(self, pictures: list[Picture], batch: int = 64) -> list[Tensor]:
         """Mean token of the image tower after each block, one (K, D) a layer."""
         visual = self.clip.visual
-        found: list[list[Tensor]] = []
-        towers = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
+        blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
+        found: list[list[Tensor]] = [[] for _ in blocks]
 
         def keep(layer: int):
             def hook(module, inputs, output):
@@ -90,16 +88,19 @@ class Judge:
 
             return hook
 
-        found = [[] for _ in towers]
-        hooks = [b.register_forward_hook(keep(i)) for i, b in enumerate(towers)]
+        hooks = [block.register_forward_hook(keep(i)) for i, block in enumerate(blocks)]
         try:
             for start in range(0, len(pictures), batch):
-                part = [self.transform(open_picture(p)) for p in pictures[start : start + batch]]
-                self.clip.encode_image(torch.stack(part).to(self.device))
+                self.clip.encode_image(self._stacked(pictures[start : start + batch]))
         finally:
             for hook in hooks:
                 hook.remove()
         return [torch.cat(parts) for parts in found]
+
+    def _stacked(self, pictures: list[Picture]) -> Tensor:
+        """Preprocessed and on the device: (K, 3, H, W)."""
+        ready = [self.transform(open_picture(picture)) for picture in pictures]
+        return torch.stack(ready).to(self.device)
 
     @torch.no_grad()
     def _remembered(self, kind: str, inputs: list, encode, batch: int) -> Tensor:
@@ -111,9 +112,8 @@ class Judge:
                 file.unlink()
         parts = []
         starts = range(0, len(inputs), batch)
-        for start in tqdm(
-            starts, f"{self.name}: {kind}s", leave=False, disable=len(starts) < 4, unit="batch"
-        ):
+        style = {"leave": False, "disable": len(starts) < 4, "unit": "batch"}
+        for start in tqdm(starts, f"{self.name}: {kind}s", **style):
             parts.append(encode(inputs[start : start + batch]).float().cpu())
         features = torch.cat(parts)
         if file:
@@ -146,34 +146,64 @@ def open_picture(picture: Picture) -> Image.Image:
         raise ValueError(f"picture {picture} cannot be read ({error})") from None
 
 
+class WordTokenizer:
+    """Texts of whole words, called as open_clip's tokenizers are: texts → (K, L) int64.
+
+    open_clip pools the text tower at the *largest* id of a row, so the end token must be the
+    largest of all. Id 0 pads.
+
+    Args: words: the vocabulary, as the model's JSON lists it; context_length: L.
+    Raises: ValueError naming the word that the model does not know, or a text that is too long.
+    """
+
+    def __init__(self, words: Sequence[str], context_length: int):
+        self.ids = {word: number for number, word in enumerate(words, start=1)}
+        self.start, self.end = len(words) + 1, len(words) + 2
+        self.vocab_size, self.context_length = len(words) + 3, context_length
+
+    def __call__(self, texts: str | list[str]) -> Tensor:
+        texts = [texts] if isinstance(texts, str) else texts
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)  # (K, L)
+        for row, text in enumerate(texts):
+            unknown = next((word for word in text.split() if word not in self.ids), None)
+            if unknown is not None:
+                known = " ".join(self.ids)
+                raise ValueError(
+                    f"this CLIP has no word {unknown!r} (in {text!r}); it has: {known}"
+                )
+            ids = [self.start, *(self.ids[word] for word in text.split()), self.end]
+            if len(ids) > self.context_length:
+                raise ValueError(f"{text!r} has more than {self.context_length - 2} words")
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        return tokens
+
+
 def find_tokenizer(info: ClipInfo):
     """The tokenizer that a text tower was trained with."""
-    # The toy world's tokenizer is recognised by the size of its vocabulary: CLIPs have tens of
-    # thousands of tokens, the toy a few dozen.
-    text, toy = info.model_cfg["text_cfg"], toyworld.ToyTokenizer()
-    if text.get("vocab_size") == toy.vocab_size:
-        return toy
+    text = info.model_cfg["text_cfg"]
+    length = text.get("context_length", 77)
+    if info.words:
+        return WordTokenizer(info.words, length)
     if name := text.get("hf_tokenizer_name"):
         try:
-            return open_clip.tokenizer.HFTokenizer(
-                name,
-                context_length=text.get("context_length", 77),
-                **text.get("tokenizer_kwargs", {}),
-            )
+            more = text.get("tokenizer_kwargs", {})
+            return open_clip.tokenizer.HFTokenizer(name, context_length=length, **more)
         except Exception as error:  # not installed, or no network: many kinds
             raise ValueError(
                 f"model {info.name}: its tokenizer {name} could not be loaded; it needs "
                 f"`pip install transformers sentencepiece` and its files "
                 f"({str(error).splitlines()[0]})"
             ) from None
-    return open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
+    return open_clip.SimpleTokenizer(context_length=length)
 
 
 # ------------------------------------------------------------------------------------------------
 # Models by any spelling
 # ------------------------------------------------------------------------------------------------
-def load_judges(models: list[str], device: torch.device, cache: Path | None) -> list[Judge]:
-    """One judge a model, with names that tell them apart.
+def load_encoders(
+    models: Sequence[str], device: torch.device, cache: Path | None = None
+) -> list[Encoder]:
+    """One encoder a model, with names that tell them apart.
 
     Args: models: spellings of `backbones.load_clip`, or folders in transformers' layout.
     Raises: ValueError or FileNotFoundError naming the model.
@@ -183,7 +213,7 @@ def load_judges(models: list[str], device: torch.device, cache: Path | None) -> 
     names = [short_name(model) for model in models]
     if len(set(names)) < len(names):
         names = models
-    return [Judge(n, *_load(m), device, cache) for n, m in zip(names, models, strict=True)]
+    return [Encoder(n, *_load(m), device, cache) for n, m in zip(names, models, strict=True)]
 
 
 def _load(model: str) -> tuple[torch.nn.Module, ClipInfo]:
@@ -193,55 +223,23 @@ def _load(model: str) -> tuple[torch.nn.Module, ClipInfo]:
     about, state, notes = export_hf.read_transformers(folder)
     for note in notes:
         print(note)
-    preprocess = about["preprocess_cfg"]
-    info = ClipInfo(
-        model,
-        about["model_cfg"],
-        tuple(preprocess["mean"]),
-        tuple(preprocess["std"]),
-        preprocess.get("resize_mode", "shortest"),
-    )
+    info = ClipInfo.from_config(model, about)
     clip = build_clip(info)
     clip.load_state_dict(state)
     return clip.eval(), info
 
 
 def short_name(model: str) -> str:
-    """What a table calls a model: runs/demo/enhanced → demo/enhanced, the toy CLIP → original."""
+    """What a table calls a model: runs/demo/enhanced → demo/enhanced, toy/clip.safetensors →
+    toy/clip, and any other spelling as it is."""
     path = Path(model)
-    if path.resolve() == toyworld.TOY_DIR / "clip.safetensors":
-        return "original"
-    if path.is_dir():
-        return "/".join(path.resolve().parts[-2:])
-    return path.stem if path.suffix == ".safetensors" and ":" not in model else model
+    if ":" not in model and path.suffix == ".safetensors":
+        path = path.with_suffix("")
+    elif not path.is_dir():
+        return model
+    return "/".join(path.resolve().parts[-2:])
 
 
-def default_models(runs: Path) -> list[str]:
-    """The toy CLIP and the enhanced model written last. Raises: FileNotFoundError where there is
-    none."""
-    found = sorted(
-        runs.glob("*/enhanced/open_clip_model.safetensors"), key=lambda p: p.stat().st_mtime
-    )
-    if not found:
-        raise FileNotFoundError(
-            f"no enhanced model in {runs}/*/enhanced: run python train.py first, or name --model"
-        )
-    return [str(toyworld.TOY_DIR / "clip.safetensors"), str(found[-1].parent)]
-
-
-def ridge_probe(features: Tensor, labels: Tensor, test: Tensor, strength: float = 1e-2) -> Tensor:
-    """A linear probe in closed form: which class does ridge regression on frozen features see?
-
-    It tells whether the information is there, whatever the text tower makes of it.
-
-    Args: features (K, d) and labels (K,) to fit; test (T, d). Returns: classes (T,).
-    """
-    train, classes = features.double(), int(labels.max()) + 1
-    center, target = train.mean(0), F.one_hot(labels, classes).double()
-    train = train - center
-    # weights = (XᵀX + λI)⁻¹ Xᵀ Y, one column per class
-    eye = torch.eye(train.shape[1], dtype=torch.float64)
-    weights = torch.linalg.solve(
-        train.T @ train + strength * eye, train.T @ (target - target.mean(0))
-    )  # (d, classes)
-    return ((test.double() - center) @ weights + target.mean(0)).argmax(1)
+def cache_folder(cache: str, runs: str) -> Path | None:
+    """Where features are kept: `cache`, by default RUNS/features, or nowhere."""
+    return None if cache == "none" else Path(cache or Path(runs) / "features")

@@ -15,15 +15,10 @@ loss push the encoder to use that same direction on the unmentioned ones, and th
 understands it. If the benchmark moves on unmentioned subjects, that is the paper's claim at work.
 
 What is in this file, in reading order: the attributes and who mentions them, the drawing, the
-captions and their word-level tokenizer, the endless data set, and the pair benchmark (also written
-to disk in MMVP-VLM's own format). ``python toyworld.py pretrain`` makes the shipped weights again
-from nothing (``toy_pretrain.py``).
-
-Letters: B batch, S subjects, L caption length in tokens. Images are float RGB in [0, 1].
+captions, and the endless data set. The pairs that measure the effect are in benchmark.py, and
+pretrain.py makes the shipped weights again from nothing. Images are float RGB in [0, 1].
 """
 
-import csv
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-TOY_DIR = Path(__file__).resolve().parent / "toy"
+TOY_DIR = Path(__file__).resolve().parent
 IMAGE_SIZE = 64  # pixels; scenes are drawn at twice this and box-filtered: our antialiasing
 
 # ------------------------------------------------------------------------------------------------
@@ -242,7 +237,7 @@ def _draw_subject(
 
 
 # ------------------------------------------------------------------------------------------------
-# Captions and their tokenizer
+# Captions
 # ------------------------------------------------------------------------------------------------
 PREFIX = "a photo of"  # MMVP's prompt as well, so that benchmark and captions speak alike
 
@@ -278,40 +273,14 @@ def caption(scene: Scene, rng: np.random.Generator, mention_probability: float) 
     return f"{PREFIX} {phrase(scene, said)}"
 
 
-class ToyTokenizer:
-    """Word-level tokenizer with the call signature of open_clip's: texts → (B, L) int64.
-
-    open_clip pools the text tower at the *largest* id of a row, so the end token must be the
-    largest of all. Id 0 pads.
-
-    Raises: ValueError naming the word that the toy world does not know.
-    """
-
-    context_length = 16
-
-    def __init__(self):
-        words = set(PREFIX.split()) | set(SUBJECTS)
-        for values in PATTERNS.values():
-            for template in values.values():
-                words |= set(template.replace("{}", "").split())
-        self.ids = {word: i + 1 for i, word in enumerate(sorted(words))}
-        self.start = len(words) + 1
-        self.end = len(words) + 2
-        self.vocab_size = len(words) + 3
-
-    def __call__(self, texts: str | list[str]) -> torch.Tensor:
-        texts = [texts] if isinstance(texts, str) else texts
-        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)  # (B, L)
-        for row, text in enumerate(texts):
-            try:
-                ids = [self.start, *(self.ids[word] for word in text.split()), self.end]
-            except KeyError as error:
-                raise ValueError(
-                    f"the toy world has no word {error} (in {text!r}); "
-                    f"its words: {' '.join(self.ids)}"
-                ) from None
-            tokens[row, : len(ids)] = torch.tensor(ids)
-        return tokens
+def vocabulary() -> list[str]:
+    """Every word that a caption or a statement can hold, sorted: a CLIP's JSON keeps this list, and
+    its tokenizer (evaluation/encoder.py) numbers it."""
+    words = set(PREFIX.split()) | set(SUBJECTS)
+    for values in PATTERNS.values():
+        for template in values.values():
+            words |= set(template.replace("{}", "").split())
+    return sorted(words)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -344,135 +313,3 @@ class ToyScenes(torch.utils.data.Dataset):
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) → float (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
-
-
-# ------------------------------------------------------------------------------------------------
-# The pair benchmark, in MMVP-VLM's own terms
-# ------------------------------------------------------------------------------------------------
-@dataclass
-class Pair:
-    """Two images that differ in one attribute, and the statement that is true of each."""
-
-    pattern: str
-    images: tuple  # two uint8 arrays (64, 64, 3)
-    statements: tuple[str, str]  # without the "a photo of " prefix
-    ids: tuple[int, int]
-
-
-def benchmark(mentioned: bool, pairs_per_pattern: int = 100, seed: int = 0) -> list[Pair]:
-    """Pairs on subjects that do (or do not) have the attribute in their captions.
-
-    Nuisance is redrawn for the second image, so only meaning tells the two apart. `seed` picks a
-    benchmark: reported figures use 0, choices were made on others.
-    """
-    pairs = []
-    for number, pattern in enumerate(PATTERNS):
-        rng = np.random.default_rng([seed, number, int(mentioned), 271828])
-        subjects = [s for s in SUBJECTS if (s in mentioned_subjects(pattern)) == mentioned]
-        for k in range(pairs_per_pattern):
-            scene = random_scene(rng, subjects[k % len(subjects)])
-            others = [v for v in PATTERNS[pattern] if v != scene[pattern]]
-            twin = scene.replace(pattern, others[rng.integers(len(others))])
-            first = 2 * (number * pairs_per_pattern + k) + 1
-            pairs.append(
-                Pair(
-                    pattern,
-                    (draw(scene, rng), draw(twin, rng)),
-                    (phrase(scene, [pattern]), phrase(twin, [pattern])),
-                    (first, first + 1),
-                )
-            )
-    return pairs
-
-
-def write_benchmark(pairs: list[Pair], folder: str | Path) -> None:
-    """Write pairs as an MMVP-VLM folder: Questions.csv and MMVP_VLM_Images/<Type>/<id>.png.
-
-    MMVP's own pictures are jpg; png keeps ours exact, and the reader takes either.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "Questions.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["Question ID", "Type", "Statement"])
-        for pair in pairs:
-            target = folder / "MMVP_VLM_Images" / pair.pattern
-            target.mkdir(parents=True, exist_ok=True)
-            for pixels, statement, number in zip(
-                pair.images, pair.statements, pair.ids, strict=True
-            ):
-                writer.writerow([number, pair.pattern, statement])
-                Image.fromarray(pixels).save(target / f"{number}.png")
-
-
-def write_classes(folder: str | Path, count: int = 1000, seed: int = 1_618_033) -> None:
-    """Scenes that no run has trained on, as a classification folder (class = subject) with
-    captions.json beside: one caption a scene, saying all that captions of its subject ever say.
-    A caption that an earlier scene has is left out: nobody could tell whose it is."""
-    folder, world, entries, said = Path(folder), ToyScenes(count, seed), [], set()
-    for i in range(count):
-        scene, pixels = world.scene(i)
-        name = f"{scene.subject}/{i:04d}.png"
-        (folder / scene.subject).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / name)
-        text = caption(scene, np.random.default_rng([seed, i]), mention_probability=1.0)
-        if text not in said:
-            said.add(text)
-            entries.append({"file": name, "captions": [text]})
-    (folder / "captions.json").write_text(json.dumps(entries, indent=0))
-
-
-USAGE = """usage: python toyworld.py pretrain [FLAGS]    make toy/ again (flags: pretrain --help)
-       python toyworld.py benchmark FOLDER   write the pairs on unmentioned subjects to disk,
-                                             in MMVP-VLM's format
-       python toyworld.py classes FOLDER     write 1000 unseen scenes, a folder per subject, and
-                                             captions.json: what eval_zeroshot.py reads
-       python toyworld.py picture FILE.png   draw one pair per pattern"""
-
-
-def draw_patterns(path: Path) -> None:
-    """One pair of every pattern with its statements, three to a row."""
-    from pictures import labelled_rows
-
-    first = {
-        pair.pattern: pair
-        for pair in reversed(benchmark(mentioned=False, pairs_per_pattern=3, seed=7))
-    }
-    rows = []
-    for start in range(0, len(PATTERNS), 3):
-        pairs = [first[p] for p in list(PATTERNS)[start : start + 3]]
-        tiles = [to_tensor(image) for pair in pairs for image in pair.images]
-        statements = [s for pair in pairs for s in pair.statements]
-        rows.append((",  ".join(pair.pattern for pair in pairs), tiles, statements))
-    labelled_rows(rows, path, height=128)
-
-
-def main() -> None:
-    import sys
-
-    command, *rest = sys.argv[1:] or [""]
-    if command == "pretrain":
-        import toy_pretrain
-
-        toy_pretrain.main(rest)
-    elif command == "benchmark" and len(rest) == 1:
-        write_benchmark(benchmark(mentioned=False), rest[0])
-        print(f"written: {rest[0]}/Questions.csv, {rest[0]}/MMVP_VLM_Images")
-    elif command == "classes" and len(rest) == 1:
-        write_classes(rest[0])
-        print(f"written: {rest[0]}, a folder per subject and captions.json")
-    elif command == "picture" and len(rest) == 1:
-        draw_patterns(Path(rest[0]))
-    elif command in ("-h", "--help"):
-        print(USAGE)
-    else:
-        raise ValueError(
-            "expected 'pretrain', 'benchmark FOLDER', 'classes FOLDER' or 'picture FILE.png'; see "
-            "--help"
-        )
-
-
-if __name__ == "__main__":
-    from cli import run_command
-
-    run_command(main)

@@ -1,14 +1,22 @@
-"""toyworld.py: the reporting bias, the drawing, the captions, the benchmark, the shipped
-weights."""
+"""toy/: the reporting bias, the drawing, the captions, the benchmark, the shipped weights and how
+they are made."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-import toyworld as toy
-from scoring import MMVP_PATTERNS
+from evaluation.encoder import find_tokenizer
+from evaluation.pairsets import read_mmvp
+from evaluation.scoring import MMVP_PATTERNS
+from pretrained.autoencoders import load_vae, load_vqgan, nearest_codes
+from pretrained.backbones import load_clip
+from toy import benchmark, pretrain
+from toy import world as toy
 
 
 def test_nine_patterns_in_the_papers_order():
@@ -72,46 +80,70 @@ def test_scenes_are_a_function_of_seed_and_index():
     assert a[(3, 0)]["image"].shape == (3, 64, 64) and a[(3, 0)]["image"].max() <= 1
 
 
-def test_tokenizer():
-    tokenizer = toy.ToyTokenizer()
+# -- words ---------------------------------------------------------------------------------------
+@pytest.fixture
+def tokenizer():
+    """As the shipped CLIP's JSON gives it: nothing but that file knows the toy's words."""
+    _, info = load_clip(str(toy.TOY_DIR / "clip.safetensors"))
+    assert list(info.words) == toy.vocabulary() and len(info.words) == 41
+    return find_tokenizer(info)
+
+
+def test_tokenizer(tokenizer):
     rows = tokenizer(["a photo of fish", "a photo of two tall red fish facing left"])
-    assert rows.shape == (2, toy.ToyTokenizer.context_length) and rows.dtype == torch.long
+    assert rows.shape == (2, 16) and rows.dtype == torch.long
     assert (rows.argmax(1) == torch.tensor([5, 10])).all(), "the end token is the largest id"
-    assert rows.max() < tokenizer.vocab_size
+    assert rows.max() < tokenizer.vocab_size == 44
     with pytest.raises(ValueError, match="no word 'dog'"):
         tokenizer("a photo of dog")
+    with pytest.raises(ValueError, match="more than 14 words"):
+        tokenizer("fish " * 15)
 
 
-def test_longest_captions_and_statements_fit():
-    tokenizer, rng = toy.ToyTokenizer(), np.random.default_rng(0)
+def test_longest_captions_and_statements_fit(tokenizer):
+    rng = np.random.default_rng(0)
     tokenizer([toy.caption(toy.random_scene(rng), rng, 1.0) for _ in range(2000)])
     for mentioned in (True, False):
-        tokenizer(
-            [f"{toy.PREFIX} {s}" for pair in toy.benchmark(mentioned, 8) for s in pair.statements]
-        )
+        items = benchmark.pairs(mentioned, 8)
+        tokenizer([benchmark.TEMPLATE.format(text) for item in items for text in item.captions])
 
 
+# -- the benchmark -------------------------------------------------------------------------------
 @pytest.mark.parametrize("mentioned", [True, False])
 def test_benchmark_pairs(mentioned):
-    pairs = toy.benchmark(mentioned, 12, seed=3)
-    assert len(pairs) == 9 * 12
-    assert [i for p in pairs for i in p.ids] == list(range(1, 2 * 9 * 12 + 1))
+    pairs = benchmark.pairs(mentioned, 12, seed=3)
+    assert [pair.name for pair in pairs] == [f"{i}-{i + 1}" for i in range(1, 2 * 9 * 12, 2)]
     for pair in pairs:
-        assert pair.statements[0] != pair.statements[1]
-        subjects = [s for s in toy.SUBJECTS if s in pair.statements[0].split()]
-        assert len(subjects) == 1 and subjects[0] in pair.statements[1].split()
-        assert (subjects[0] in toy.mentioned_subjects(pair.pattern)) == mentioned
+        one, two = (text.split() for text in pair.captions)
+        [subject] = [s for s in toy.SUBJECTS if s in one]
+        assert one != two and subject in two
+        assert (subject in toy.mentioned_subjects(pair.category)) == mentioned
         assert not np.array_equal(*pair.images)
-    again, other = toy.benchmark(mentioned, 12, seed=3), toy.benchmark(mentioned, 12, seed=4)
-    assert all(np.array_equal(a.images[0], b.images[0]) for a, b in zip(pairs, again, strict=True))
-    assert not all(
-        np.array_equal(a.images[0], b.images[0]) for a, b in zip(pairs, other, strict=True)
-    )
+
+    def same(others):
+        return [
+            np.array_equal(a.images[0], b.images[0]) for a, b in zip(pairs, others, strict=True)
+        ]
+
+    assert all(same(benchmark.pairs(mentioned, 12, seed=3)))
+    assert not all(same(benchmark.pairs(mentioned, 12, seed=4)))
 
 
+def test_the_command_writes_pairs_classes_and_a_picture(tmp_path):
+    for what, file in (
+        ("pairs", "Questions.csv"),
+        ("classes", "captions.json"),
+        ("picture", ""),
+    ):
+        command = [sys.executable, "-m", "toy.benchmark", what, str(tmp_path / what)]
+        done = subprocess.run(command, cwd=toy.TOY_DIR.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / what / file).exists()
+    assert len(read_mmvp(tmp_path / "pairs")) == 900
+
+
+# -- the weights ---------------------------------------------------------------------------------
 def test_shipped_weights_load_and_are_small():
-    from autoencoders import load_vae
-    from backbones import load_clip
 
     files = list(toy.TOY_DIR.glob("*.safetensors"))
     assert sum(f.stat().st_size for f in files) <= 12e6
@@ -137,7 +169,6 @@ def test_pretraining_record_says_how_and_what():
 
 
 def test_shipped_vqgan_keeps_the_picture_and_uses_its_codes():
-    from autoencoders import load_vqgan
 
     vqgan = load_vqgan(toy.TOY_DIR / "vqgan.safetensors")
     world = toy.ToyScenes(128, seed=777)
@@ -154,11 +185,8 @@ def test_shipped_vqgan_keeps_the_picture_and_uses_its_codes():
 
 
 def test_a_vqgan_starts_as_the_vae():
-    import toy_pretrain
-    from autoencoders import load_vae
-
     vae = load_vae(toy.TOY_DIR / "vae.safetensors")
-    vqgan = toy_pretrain.vqgan_from_vae(vae, codes=16)
+    vqgan = pretrain.vqgan_from_vae(vae, codes=16)
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     mean, _ = vae.moments(images)
     assert torch.allclose(vqgan.quant_conv(vqgan.encoder(images)), mean, atol=1e-5)
@@ -169,14 +197,11 @@ def test_a_vqgan_starts_as_the_vae():
 def test_the_moving_codebook_finds_clusters():
     """Eight clusters, one of them rare but heavily weighted; codes start far from all of them, so
     that all but the first chosen are dead at once and must be revived."""
-    import toy_pretrain
-    from autoencoders import nearest_codes
-
     for seed in range(5):
         torch.manual_seed(seed)
         centers = 10 * torch.randn(8, 4)
         book = 100 + torch.randn(32, 4)  # more codes than clusters: two may share one
-        moving = toy_pretrain.MovingCodebook(book)
+        moving = pretrain.MovingCodebook(book)
         for _ in range(400):
             which = torch.multinomial(torch.tensor([1.0] * 7 + [0.05]), 256, True)
             vectors = centers[which] + 0.1 * torch.randn(256, 4)
@@ -187,11 +212,9 @@ def test_the_moving_codebook_finds_clusters():
 
 
 def test_a_code_follows_its_vectors_and_a_dead_one_restarts():
-    import toy_pretrain
-
     torch.manual_seed(0)
     book = torch.tensor([[0.0], [10.0], [500.0]])
-    moving = toy_pretrain.MovingCodebook(book)
+    moving = pretrain.MovingCodebook(book)
     vectors, chosen = torch.tensor([[1.0], [3.0], [12.0]]), torch.tensor([0, 0, 1])
     moving.update(vectors, chosen, torch.tensor([1.0, 3.0, 2.0]))
     assert book[0].item() == pytest.approx((1 * 1 + 3 * 3) / 4), "a weighted mean"
@@ -199,20 +222,36 @@ def test_a_code_follows_its_vectors_and_a_dead_one_restarts():
     assert book[2].item() in vectors, "nothing chose it: it restarts at a vector of the batch"
 
 
-def test_pretraining_a_vqgan_from_the_command_line(tmp_path):
-    import shutil
-    import subprocess
-    import sys
-
-    shutil.copy(toy.TOY_DIR / "vae.safetensors", tmp_path)
-    flags = "--vqgan_steps 3 --vqgan_batch 8 --scenes 600 --codes 32".split()
-    command = [sys.executable, "toyworld.py", "pretrain", "--only", "vqgan", "--out", tmp_path]
-    done = subprocess.run(
-        [*command, *flags], cwd=toy.TOY_DIR.parent, capture_output=True, text=True
-    )
+def make_again(folder, *flags):
+    command = [sys.executable, "-m", "toy.pretrain", "--out", str(folder), *flags]
+    done = subprocess.run(command, cwd=toy.TOY_DIR.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "PRETRAINING.json").read_text())["vqgan"]
-    assert record["codes"] == 32 and record["steps"] == 3 and 1 <= record["perplexity"] <= 32
-    from autoencoders import load_vqgan
+    return json.loads((folder / "PRETRAINING.json").read_text())
 
+
+def test_the_whole_pretraining_at_a_tiny_size(tmp_path):
+    """All three weights, to the end of the command: what it writes is what train.py and the
+    evaluations read."""
+    flags = "--scenes 600 --pairs 2 --clip_steps 2 --clip_batch 16 --vae_steps 2 --vae_batch 8 "
+    flags += "--vqgan_steps 2 --vqgan_batch 8 --codes 32"
+    record = make_again(tmp_path, *flags.split())
+    shipped = json.loads((toy.TOY_DIR / "PRETRAINING.json").read_text())
+    for part in ("clip", "vae", "vqgan"):
+        assert record[part].keys() == shipped[part].keys(), part
+        assert "python -m toy.pretrain --only" in record[part]["command"]
+    assert record["clip"]["mentioned"].keys() == {*toy.PATTERNS, "Average"}
+    _, info = load_clip(str(tmp_path / "clip.safetensors"))
+    assert find_tokenizer(info)("a photo of fish").shape == (1, 16)
+    assert load_vae(tmp_path / "vae.safetensors").config.latent_channels == 32
     assert load_vqgan(tmp_path / "vqgan.safetensors").config.codes == 32
+
+
+def test_making_one_of_them_keeps_the_others(tmp_path):
+    shutil.copy(toy.TOY_DIR / "vae.safetensors", tmp_path)
+    shutil.copy(toy.TOY_DIR / "PRETRAINING.json", tmp_path)
+    flags = "--only vqgan --vqgan_steps 3 --vqgan_batch 8 --scenes 600 --codes 32"
+    record = make_again(tmp_path, *flags.split())
+    assert record["vqgan"]["codes"] == 32 and record["vqgan"]["steps"] == 3
+    assert 1 <= record["vqgan"]["perplexity"] <= 32
+    shipped = json.loads((toy.TOY_DIR / "PRETRAINING.json").read_text())
+    assert record["clip"] == shipped["clip"] and record["vae"] == shipped["vae"]

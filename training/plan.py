@@ -21,14 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import assemble
-from autoencoders import FLUX_VAE, TAMING_VQGAN, VAE, VQGAN, published_config
-from backbones import build_clip, describe_clip
 from flow_denoiser import FlowDenoiser
-from flux import FLUX_TRANSFORMER
 from genhancer import GenHancer
 from perceiver_denoiser import PerceiverDenoiser
+from pretrained.autoencoders import FLUX_VAE, TAMING_VQGAN, VAE, VQGAN, published_config
+from pretrained.backbones import build_clip, describe_clip
+from pretrained.flux import FLUX_TRANSFORMER
 from settings import Settings
+from training import assemble
 
 CC3M = 3_000_000  # pictures of CC3M that can still be downloaded, about
 H100 = 989e12  # its dense bf16 peak, FLOP/s
@@ -87,8 +87,8 @@ def skeleton(settings: Settings, half: bool = False) -> tuple[torch.nn.Module, G
             tokenizer = VQGAN(published_config(settings.vqgan, TAMING_VQGAN))
             config = assemble.perceiver_config(settings, info.image_size, tokenizer.config)
             denoiser = PerceiverDenoiser(config)
-        if settings.flux and half:
-            denoiser = denoiser.to(torch.bfloat16)
+        if settings.flux:  # as `load_flux` leaves it
+            denoiser = denoiser.to(torch.bfloat16 if half else torch.float32).requires_grad_(False)
         tokenizer.eval().requires_grad_(False)
         return clip, assemble.join(settings, clip, info, tokenizer, denoiser)
 
@@ -143,12 +143,12 @@ def autocast(device: str):
 # Measuring
 # ------------------------------------------------------------------------------------------------
 def saved_for_backward(
-    model: GenHancer, images: torch.Tensor, draws: dict, frozen: dict | None = None
+    model: GenHancer, images: torch.Tensor, draws: dict, cached: dict | None = None
 ) -> tuple[int, dict]:
     """Bytes that autograd keeps after a forward pass, beside the model's own tensors; and the
     result of the pass. Works alike on fake and on real tensors.
 
-    Args: frozen: what `model.frozen` gives, where known. Autograd keeps nothing of its making.
+    Args: cached: what `model.precompute` gives, where known. Autograd keeps nothing of its making.
     """
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.Tensor] = {}  # holding the tensors keeps their storages' numbers unique
@@ -158,7 +158,7 @@ def saved_for_backward(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = model(images, draws, frozen)
+        result = model(images, draws, cached)
     sizes = [t.untyped_storage().nbytes() for key, t in kept.items() if key not in own]
     return sum(sizes), result
 
@@ -246,7 +246,7 @@ def make_plan(settings: Settings, ranks: int, device: str) -> Plan:
 
     Raises: ValueError where the settings do not make a model.
     """
-    micro = min(settings.micro_batch, settings.batch // ranks) or 1
+    micro = settings.micro(ranks)
     stages = [s for s in (1, 2) if settings.stage in (str(s), "both")]
     if settings.end_to_end:
         stages = [2]
@@ -278,28 +278,26 @@ def make_plan(settings: Settings, ranks: int, device: str) -> Plan:
     for stage in stages:
         start(model, settings, stage)
         plan.stages[stage] = StagePlan(
-            (settings.stage1_steps, settings.stage2_steps)[stage - 1],
+            settings.steps(stage),
             trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
             memory=static_memory(model, ranks, settings.zero),
             flops=flops_per_image(model),
         )
     with torch.no_grad(), matrix_attention():
         images, _ = one_batch(model, micro, "meta")
-        shapes = {
-            k: (v.shape, v.dtype) for k, v in on_meta(model, lambda: model.frozen(images)).items()
-        }
+        found = on_meta(model, lambda: model.precompute(images))
     # Then what needs dtypes and kernels too, on fake tensors; in the other order, since stage 1
     # looks at the tower's features only.
     attention = flash_attention if device == "cuda" else matrix_attention
     with FakeTensorMode(), attention(), autocast(device):
         fill(model, device)
-        frozen = {k: torch.zeros(s, dtype=d, device=device) for k, (s, d) in shapes.items()}
+        cached = {k: torch.zeros(v.shape, dtype=v.dtype, device=device) for k, v in found.items()}
         images, draws = one_batch(model, micro, device)
         for stage in reversed(stages):
             if stage == 1:
                 model.start_stage1()
                 model.train()
-            kept, _ = saved_for_backward(model, images, draws, frozen)
+            kept, _ = saved_for_backward(model, images, draws, cached)
             plan.stages[stage].memory["kept for the backward pass"] = kept
     return plan
 
@@ -310,11 +308,11 @@ def make_plan(settings: Settings, ranks: int, device: str) -> Plan:
 def report(plan: Plan) -> str:
     """The plan as a page of text."""
     s, gb = plan.settings, 1e9
-    micro = min(s.micro_batch, s.batch // plan.ranks) or 1
-    where = f"{plan.ranks} GPUs, bf16 autocast" if plan.device == "cuda" else "CPU, float32"
+    micro = s.micro(plan.ranks)
+    devices = f"{plan.ranks} GPUs, bf16 autocast" if plan.device == "cuda" else "CPU, float32"
     sharding = ", ZeRO stage 1" if s.zero and plan.ranks > 1 else ""
     lines = [
-        f"plan of preset {s.preset}: {s.clip}, denoiser {s.denoiser}; {where}{sharding}",
+        f"plan of preset {s.preset}: {s.clip}, denoiser {s.denoiser}; {devices}{sharding}",
         f"  image {plan.tokens} tokens for the denoiser, {plan.patch_tokens} patches and a global "
         f"token of {plan.width} numbers from CLIP",
         "  parameters",

@@ -1,10 +1,10 @@
-"""How the toy's frozen weights were made: ``python toyworld.py pretrain``.
+"""How the toy's frozen weights were made: ``python -m toy.pretrain``.
 
-GenHancer starts from models that others pretrained. The toy world has no others, so this file plays
-their part, once: a tiny CLIP (open_clip's own class) on captions with reporting bias, and a tiny
-VAE and VQ-GAN (the classes of autoencoders.py) on pictures alone. The results are shipped in
-``toy/`` together with ``PRETRAINING.json``, which says which command, seed and versions made them,
-how long it took and what was measured. Nothing here is needed to use the project.
+GenHancer starts from models that others pretrained. The toy world has no others, so this file
+plays their part, once: a tiny CLIP (open_clip's own class) on captions with reporting bias, and a
+tiny VAE and VQ-GAN (the classes of pretrained/autoencoders.py) on pictures alone. The results are
+shipped in ``toy/`` together with ``PRETRAINING.json``, which says which command, seed and versions
+made them, how long it took and what was measured. Nothing here is needed to use the project.
 
 Letters: B batch, d width of the joint space; of the VQ-GAN: K codes, E their width, h w the grid of
 tokens, R = B·h·w rows.
@@ -20,50 +20,94 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tqdm import trange
 
-import toyworld as toy
-from autoencoders import (
-    TOY_VAE,
-    TOY_VQGAN,
+from evaluation.encoder import WordTokenizer, load_encoders
+from evaluation.scoring import score
+from pretrained.autoencoders import (
     VAE,
     VQGAN,
     AutoencoderConfig,
+    VQGANConfig,
     config_to_text,
     load_vae,
     nearest_codes,
 )
-from cli import parse_settings, run_command, setting
+from toy import benchmark
+from toy.world import IMAGE_SIZE, PATTERNS, TOY_DIR, ToyScenes, caption, vocabulary
+from util.cli import parse_settings, run_command, setting
+from util.files import save_tensors, write_atomically
+
+# Toy scenes (64 px) become 8×8×32 latents, so 16 tokens after the denoiser's 2×2 patches: one per
+# CLIP patch. Shift and scale come with the weights, in their JSON.
+TOY_VAE = AutoencoderConfig(
+    base_channels=8,
+    channel_multipliers=(1, 2, 4, 8),
+    blocks_per_level=1,
+    latent_channels=32,
+    groups=4,
+)
+# The same scenes become 8×8 = 64 tokens of 8×8 pixels.
+TOY_VQGAN = VQGANConfig(
+    base_channels=8,
+    channel_multipliers=(1, 2, 4, 8),
+    blocks_per_level=1,
+    latent_channels=32,
+    groups=4,
+    attention_levels=(),
+    codes=1024,
+    code_width=32,
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    preset: str = setting("default", "named set of defaults")
-    only: str = setting("all", "which weights to make", ("all", "clip", "vae", "vqgan"))
-    out: str = setting(str(toy.TOY_DIR), "where they go")
-    seed: int = setting(0, "seed of weights, scenes and captions")
-    threads: int = setting(0, "CPU threads; 0: all")
-    scenes: int = setting(24_000, "different scenes")
-    clip_steps: int = setting(2000, "steps of CLIP")
-    clip_batch: int = setting(192, "images per step of CLIP")
-    clip_lr: float = setting(1e-3, "peak learning rate of CLIP")
-    mention: float = setting(0.7, "probability that a mentionable attribute is mentioned")
-    vae_steps: int = setting(2800, "steps of the VAE")
-    vae_batch: int = setting(16, "images per step of the VAE")
-    vae_lr: float = setting(3e-3, "peak learning rate of the VAE")
-    kl_weight: float = setting(1e-4, "weight of the VAE's KL term")
-    vqgan_steps: int = setting(1800, "steps of the VQ-GAN, which starts from the VAE")
-    vqgan_batch: int = setting(16, "images per step of the VQ-GAN")
-    vqgan_lr: float = setting(1e-3, "peak learning rate of the VQ-GAN")
-    codes: int = setting(TOY_VQGAN.codes, "K, size of the VQ-GAN's codebook")
-    commitment: float = setting(0.25, "weight of the VQ-GAN's commitment term")
+    """One pretraining, every number of it."""
+
+    only: str = setting("all", choices=("all", "clip", "vae", "vqgan"))
+    """which weights to make"""
+    out: str = setting(str(TOY_DIR))
+    """where they go"""
+    seed: int = setting(0)
+    """seed of weights, scenes and captions"""
+    threads: int = setting(0)
+    """CPU threads; 0: all"""
+    scenes: int = setting(24_000, at_least=1)
+    """different scenes"""
+    clip_steps: int = setting(2000, at_least=1)
+    """steps of CLIP"""
+    clip_batch: int = setting(192, at_least=1)
+    """images per step of CLIP"""
+    clip_lr: float = setting(1e-3)
+    """peak learning rate of CLIP"""
+    mention: float = setting(0.7)
+    """probability that a mentionable attribute is mentioned"""
+    vae_steps: int = setting(2800, at_least=1)
+    """steps of the VAE"""
+    vae_batch: int = setting(16, at_least=1)
+    """images per step of the VAE"""
+    vae_lr: float = setting(3e-3)
+    """peak learning rate of the VAE"""
+    kl_weight: float = setting(1e-4)
+    """weight of the VAE's KL term"""
+    vqgan_steps: int = setting(1800, at_least=1)
+    """steps of the VQ-GAN, which starts from the VAE"""
+    vqgan_batch: int = setting(16, at_least=1)
+    """images per step of the VQ-GAN"""
+    vqgan_lr: float = setting(1e-3)
+    """peak learning rate of the VQ-GAN"""
+    pairs: int = setting(100, at_least=1)
+    """validation pairs per pattern that measure CLIP"""
+    codes: int = setting(TOY_VQGAN.codes, at_least=1)
+    """K, size of the VQ-GAN's codebook"""
+    commitment: float = setting(0.25)
+    """weight of the VQ-GAN's commitment term"""
 
 
 MEAN, STD = 0.5, 0.25  # the toy CLIP's normalisation, the same for every channel
 
 
-def clip_config(vocab_size: int) -> dict:
+def clip_config(words: list[str]) -> dict:
     """A CLIP in miniature: 16 patches of 16×16 pixels, four layers, 1.1 M parameters.
 
     The joint space is narrow (64) on purpose: the text tower spans all of it, so what stage 2 adds
@@ -72,15 +116,15 @@ def clip_config(vocab_size: int) -> dict:
     return {
         "embed_dim": 64,
         "vision_cfg": {
-            "image_size": toy.IMAGE_SIZE,
+            "image_size": IMAGE_SIZE,
             "patch_size": 16,
             "width": 128,
             "layers": 4,
             "head_width": 32,
         },
         "text_cfg": {
-            "context_length": toy.ToyTokenizer.context_length,
-            "vocab_size": vocab_size,
+            "context_length": 16,
+            "vocab_size": len(words) + 3,  # and padding, start and end
             "width": 96,
             "heads": 3,
             "layers": 2,
@@ -99,8 +143,9 @@ def pretrain_clip(s: Settings, scenes: list, pixels: torch.Tensor) -> tuple[dict
     Returns: state dict, and the open_clip configuration that goes beside it.
     """
     torch.manual_seed(s.seed)
-    tokenizer = toy.ToyTokenizer()
-    config = clip_config(tokenizer.vocab_size)
+    words = vocabulary()
+    config = clip_config(words)
+    tokenizer = WordTokenizer(words, config["text_cfg"]["context_length"])
     clip = open_clip.CLIP(**config)
     matrices = [p for p in clip.parameters() if p.ndim >= 2]
     vectors = [p for p in clip.parameters() if p.ndim < 2]
@@ -115,7 +160,7 @@ def pretrain_clip(s: Settings, scenes: list, pixels: torch.Tensor) -> tuple[dict
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, s.clip_steps, s.clip_lr)
         chosen = rng.integers(0, len(scenes), s.clip_batch)
-        captions = [toy.caption(scenes[i], rng, s.mention) for i in chosen]
+        captions = [caption(scenes[i], rng, s.mention) for i in chosen]
         images = (pixels[chosen].float() / 255 - MEAN) / STD  # (B, 3, 64, 64)
         image_features = clip.encode_image(images, normalize=True)  # (B, d)
         text_features = clip.encode_text(tokenizer(captions), normalize=True)  # (B, d)
@@ -128,7 +173,8 @@ def pretrain_clip(s: Settings, scenes: list, pixels: torch.Tensor) -> tuple[dict
             clip.logit_scale.clamp_(0, np.log(100))  # CLIP's own bound
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     preprocess = {"mean": [MEAN] * 3, "std": [STD] * 3, "resize_mode": "shortest"}
-    return clip.state_dict(), {"model_cfg": config, "preprocess_cfg": preprocess}
+    about = {"model_cfg": config, "preprocess_cfg": preprocess, "words": words}
+    return clip.state_dict(), about
 
 
 def draw_batch(pixels: torch.Tensor, count: int) -> torch.Tensor:
@@ -292,63 +338,72 @@ def pretrain_vqgan(s: Settings, pixels: torch.Tensor, vae: VAE) -> tuple[VQGAN, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    s = parse_settings(
-        Settings,
-        {"default": {}},
-        "Make the toy world's frozen weights again from nothing.",
-        "    python toyworld.py pretrain --out toy",
-        arguments,
-    )
+    summary, example = __doc__.split("\n\n")[0], "    python -m toy.pretrain --out toy"
+    s = parse_settings(Settings, summary, example, arguments)
     if s.threads:
         torch.set_num_threads(s.threads)
     # The fused kernel is slower than plain matrices for short sequences on a CPU.
     torch.backends.cuda.enable_flash_sdp(False)
     out = Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
     if s.only == "vqgan" and not (out / "vae.safetensors").is_file():
         raise ValueError(
             f"the VQ-GAN starts from {out / 'vae.safetensors'}: make it with --only vae"
         )
-    record = out / "PRETRAINING.json"
-    report = json.loads(record.read_text()) if record.is_file() else {}
-    world = toy.ToyScenes(s.scenes, seed=1234 + s.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    world = ToyScenes(s.scenes, seed=1234 + s.seed)
     drawn = [world.scene(i) for i in trange(s.scenes, desc="scenes")]
-    scenes = [scene for scene, _ in drawn]
     stacked = torch.from_numpy(np.stack([p for _, p in drawn]))  # uint8 (scenes, 64, 64, 3)
     pixels = stacked.permute(0, 3, 1, 2).contiguous()  # uint8 (scenes, 3, 64, 64)
-    if s.only in ("all", "clip"):
+    make = {
+        "clip": lambda: make_clip(s, [scene for scene, _ in drawn], pixels, out),
+        "vae": lambda: make_vae(s, pixels, out),
+        "vqgan": lambda: make_vqgan(s, pixels, out),
+    }
+    record = out / "PRETRAINING.json"
+    report = json.loads(record.read_text()) if record.is_file() else {}
+    for part in make if s.only == "all" else [s.only]:
         start = time.time()
-        state, config = pretrain_clip(s, scenes, pixels)
-        save_file({k: v.half().contiguous() for k, v in state.items()}, out / "clip.safetensors")
-        (out / "clip.json").write_text(json.dumps(config, indent=1))
-        report["clip"] = about("clip", s, start) | {"mention": s.mention, **measure_clip(out)}
-    if s.only in ("all", "vae"):
-        start = time.time()
-        vae, measured = pretrain_vae(s, pixels)
-        save_half(vae, vae.config, out / "vae.safetensors")
-        report["vae"] = about("vae", s, start) | {"kl_weight": s.kl_weight, **measured}
-    if s.only in ("all", "vqgan"):
-        start = time.time()
-        vqgan, measured = pretrain_vqgan(s, pixels, load_vae(out / "vae.safetensors"))
-        save_half(vqgan, vqgan.config, out / "vqgan.safetensors")
-        report["vqgan"] = about("vqgan", s, start) | {"commitment": s.commitment, **measured}
-    record.write_text(json.dumps(report, indent=1))
+        measured = make[part]()
+        report[part] = about(part, s, start) | measured
+        write_atomically(record, json.dumps(report, indent=1))  # what is done is kept
     print(json.dumps(report, indent=1))
+
+
+def make_clip(s: Settings, scenes: list, pixels: torch.Tensor, out: Path) -> dict:
+    """Write clip.safetensors and clip.json; what was measured."""
+    state, config = pretrain_clip(s, scenes, pixels)
+    save_tensors({k: v.half() for k, v in state.items()}, out / "clip.safetensors")
+    write_atomically(out / "clip.json", json.dumps(config, indent=1))
+    return {"mention": s.mention, **measure_clip(out, s.pairs)}
+
+
+def make_vae(s: Settings, pixels: torch.Tensor, out: Path) -> dict:
+    """Write vae.safetensors; what was measured."""
+    vae, measured = pretrain_vae(s, pixels)
+    save_half(vae, vae.config, out / "vae.safetensors")
+    return {"kl_weight": s.kl_weight, **measured}
+
+
+def make_vqgan(s: Settings, pixels: torch.Tensor, out: Path) -> dict:
+    """Write vqgan.safetensors; what was measured."""
+    vqgan, measured = pretrain_vqgan(s, pixels, load_vae(out / "vae.safetensors"))
+    save_half(vqgan, vqgan.config, out / "vqgan.safetensors")
+    return {"commitment": s.commitment, **measured}
 
 
 def save_half(module: torch.nn.Module, config: AutoencoderConfig, path: Path) -> None:
     """Weights in half precision, with their configuration in the header."""
-    state = {k: v.half().contiguous() for k, v in module.state_dict().items()}
-    save_file(state, path, metadata={"autoencoder": config_to_text(config)})
+    state = {k: v.half() for k, v in module.state_dict().items()}
+    save_tensors(state, path, metadata={"autoencoder": config_to_text(config)})
 
 
 def about(part: str, s: Settings, start: float) -> dict:
     """What PRETRAINING.json says of every part: the command that makes it again, and with what."""
     flags = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
     flags = {"only": part, "seed": s.seed} | {k: v for k, v in flags.items() if k != "only"}
-    given = " ".join(f"--{k} {v}" for k, v in flags.items() if k not in ("preset", "out"))
+    given = " ".join(f"--{k} {v}" for k, v in flags.items() if k != "out")
     return {
-        "command": f"python toyworld.py pretrain {given}",
+        "command": f"python -m toy.pretrain {given}",
         "seed": s.seed,
         "scenes": s.scenes,
         "torch": torch.__version__,
@@ -363,24 +418,18 @@ def about(part: str, s: Settings, start: float) -> dict:
     }
 
 
-def measure_clip(folder: Path) -> dict:
+def measure_clip(folder: Path, per_pattern: int) -> dict:
     """How blind it is: the toy benchmark's validation pairs (seed 1), from the file just
     written."""
-    import eval_mmvp
-    from backbones import load_clip
-
-    judge = eval_mmvp.Judge(
-        "toy", *load_clip(str(folder / "clip.safetensors")), torch.device("cpu")
-    )
+    [encoder] = load_encoders([str(folder / "clip.safetensors")], torch.device("cpu"))
     figures = {}
     for side, mentioned in (("mentioned", True), ("unmentioned", False)):
-        pairs = toy.benchmark(mentioned, 100, seed=1)
-        hits = eval_mmvp.score(judge, pairs)
-        patterns = np.array([p.pattern for p in pairs])
-        figures[side] = {p: round(100 * float(hits[patterns == p].mean()), 1) for p in toy.PATTERNS}
+        items = benchmark.pairs(mentioned, per_pattern, seed=1)
+        hits = score(encoder, items, benchmark.TEMPLATE)["text-to-image"]
+        patterns = np.array([item.category for item in items])
+        figures[side] = {p: round(100 * float(hits[patterns == p].mean()), 1) for p in PATTERNS}
         figures[side]["Average"] = round(100 * float(hits.mean()), 1)
-    world = toy.ToyScenes(2000, seed=99)
-    subject = eval_mmvp.subject_zero_shot(judge, [world.scene(i) for i in range(2000)])[0]
+    subject = benchmark.retention(encoder, benchmark.held_out_scenes())["zero_shot"]
     return figures | {"subject_zero_shot": round(100 * float(subject.mean()), 1)}
 
 

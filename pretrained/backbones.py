@@ -35,7 +35,10 @@ class ClipInfo:
     model_cfg: dict
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    resize_mode: str = "shortest"  # for evaluation; SigLIP squashes instead of cropping
+    resize_mode: str = "shortest"
+    """for evaluation; SigLIP squashes instead of cropping"""
+    words: tuple[str, ...] = ()
+    """the vocabulary of a CLIP that reads whole words; open_clip's own need none"""
 
     @property
     def image_size(self) -> int:
@@ -43,7 +46,7 @@ class ClipInfo:
 
     def open_clip_config(self) -> dict:
         """The content of open_clip_config.json, which `local-dir:` folders carry."""
-        return {
+        about = {
             "model_cfg": self.model_cfg,
             "preprocess_cfg": {
                 "mean": list(self.mean),
@@ -51,6 +54,20 @@ class ClipInfo:
                 "resize_mode": self.resize_mode,
             },
         }
+        return about | ({"words": list(self.words)} if self.words else {})
+
+    @classmethod
+    def from_config(cls, name: str, about: dict) -> "ClipInfo":
+        """The reverse. Raises: KeyError for a key that is missing."""
+        preprocess = about["preprocess_cfg"]
+        return cls(
+            name,
+            about["model_cfg"],
+            tuple(preprocess["mean"]),
+            tuple(preprocess["std"]),
+            preprocess.get("resize_mode", "shortest"),
+            tuple(about.get("words", ())),
+        )
 
 
 def load_clip(model: str) -> tuple[nn.Module, ClipInfo]:
@@ -150,15 +167,7 @@ def build_clip(info: ClipInfo) -> nn.Module:
 
 def _read_config(model: str, file: Path) -> ClipInfo:
     try:
-        text = json.loads(file.read_text())
-        preprocess = text["preprocess_cfg"]
-        info = ClipInfo(
-            model,
-            text["model_cfg"],
-            tuple(preprocess["mean"]),
-            tuple(preprocess["std"]),
-            preprocess.get("resize_mode", "shortest"),
-        )
+        info = ClipInfo.from_config(model, json.loads(file.read_text()))
         with torch.device("meta"):
             build_clip(info)
         return info
@@ -185,18 +194,15 @@ def _read(model: str, file: Path) -> dict[str, Tensor]:
 
 
 def _fill(clip: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Copy a file's tensors into `clip`, strictly."""
-    expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
-    state = {k: v for k, v in state.items() if k in expected or not k.endswith("position_ids")}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if expected != found:
-        first = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
-        raise ValueError(
-            f"{what} holds {len(found)} tensors, this architecture {len(expected)}; first "
-            f"mismatch {first}: expected {expected.get(first, 'nothing')}, found "
-            f"{found.get(first, 'nothing')}"
-        )
-    clip.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    """A file's tensors in the place of `clip`'s own, strictly."""
+    own = clip.state_dict().keys()
+    # Old files carry a buffer of position ids that open_clip no longer has.
+    state = {k: v.float() for k, v in state.items() if k in own or not k.endswith("position_ids")}
+    try:
+        clip.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:  # it names what is missing, left over and of another shape
+        first = " ".join(str(error).partition("\n")[2].split())[:300]
+        raise ValueError(f"{what} does not fit this architecture: {first} …") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -48,17 +48,14 @@ def load_flux(path: str | Path, dtype: torch.dtype = torch.float32) -> FlowDenoi
     config = config_of({name: tuple(tensor.shape) for name, tensor in state.items()})
     with torch.device("meta"):
         denoiser = FlowDenoiser(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if expected != found:
-        first = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
+    try:  # assign=True puts the file's tensors in the meta ones' place
+        denoiser.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
+    except RuntimeError as error:  # it names what is missing, left over and of another shape
+        first = " ".join(str(error).partition("\n")[2].split())[:300]
+        depth = f"{config.double_blocks} + {config.single_blocks}"
         raise ValueError(
-            f"FLUX weights: {path} holds {len(found)} tensors, expected {len(expected)} of a "
-            f"transformer of depth {config.double_blocks} + {config.single_blocks}; first mismatch "
-            f"{first}: expected {expected.get(first, 'nothing')}, found "
-            f"{found.get(first, 'nothing')}"
-        )
-    denoiser.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
+            f"FLUX weights: {path} does not fit a transformer of depth {depth}: {first} …"
+        ) from None
     return denoiser.eval().requires_grad_(False)
 
 

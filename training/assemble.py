@@ -1,4 +1,4 @@
-"""From settings to a model and its data: who is built from what, and from which seed.
+"""From settings to a model, its data and optimiser: who is built from what, and from which seed.
 
 The parts know nothing of settings and of each other; this file knows both. On every rank it builds
 the same, so that a run can start without sending weights around.
@@ -9,22 +9,20 @@ import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from autoencoders import VAE, VQGAN, VQGANConfig, load_vae, load_vqgan
-from backbones import ClipInfo, load_clip
-from data import FileList, FrozenCache, Pictures, find_images
+from data import CachedPictures, FileList, Pictures, find_images
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
-from flux import load_flux
-from genhancer import GenHancer
-from paradigms import Continuous, Discrete
+from genhancer import Continuous, Discrete, GenHancer
 from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
-from runlog import Place
+from pretrained.autoencoders import VAE, VQGAN, VQGANConfig, load_vae, load_vqgan
+from pretrained.backbones import ClipInfo, load_clip
+from pretrained.flux import load_flux
 from settings import Settings
-from shards import ShardIndex, is_shard_pattern
-from toyworld import ToyScenes
+from toy.world import ToyScenes
+from training.process import Process, wait_for_all
+from training.shards import ShardIndex, is_shard_pattern
 
 PURPOSES = (
     "denoiser",  # the denoiser's and projectors' first weights
@@ -48,7 +46,7 @@ def seed_of(purpose: str, *numbers: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 2)
 
 
-def build_model(settings: Settings, place: Place) -> tuple[torch.nn.Module, GenHancer]:
+def build_model(settings: Settings, process: Process) -> tuple[torch.nn.Module, GenHancer]:
     """CLIP and the module around it. Initialised alike on every rank: same seed, same order.
 
     The text tower is needed only when the result is written, and stays on the CPU.
@@ -69,12 +67,12 @@ def build_model(settings: Settings, place: Place) -> tuple[torch.nn.Module, GenH
     # Whatever loading drew from the global generator, the denoiser starts from this seed.
     torch.manual_seed(seed_of("denoiser", settings.seed))
     if settings.flux:
-        denoiser = load_flux(settings.flux, torch.bfloat16 if place.autocast else torch.float32)
+        denoiser = load_flux(settings.flux, torch.bfloat16 if process.autocast else torch.float32)
     elif continuous:
         denoiser = FlowDenoiser(flow_config(settings, tokenizer.config.latent_channels))
     else:
         denoiser = PerceiverDenoiser(perceiver_config(settings, info.image_size, tokenizer.config))
-    return clip, join(settings, clip, info, tokenizer, denoiser).to(place.device)
+    return clip, join(settings, clip, info, tokenizer, denoiser).to(process.device)
 
 
 def join(
@@ -86,19 +84,16 @@ def join(
             tokenizer,
             denoiser,
             info.image_size,
-            time_distribution=settings.time_distribution,
-            time_scale=settings.time_scale,
+            times=(settings.time_distribution, settings.time_scale),
             sample_posterior=settings.posterior,
             fp32=settings.vae_fp32,
-            denoiser_learns=not settings.flux,
         )
     else:  # a VQ-GAN and a small Perceiver (Fig. 3 c)
         paradigm = Discrete(
             tokenizer,
             denoiser,
             info.image_size,
-            mask_from=settings.mask_from,
-            mask_to=settings.mask_to,
+            mask_range=(settings.mask_from, settings.mask_to),
             fp32=settings.vae_fp32,
         )
     return GenHancer(
@@ -148,40 +143,73 @@ def start_stage2(model: GenHancer, settings: Settings) -> None:
     model.start_stage2(
         "all" if settings.end_to_end else settings.stage2_trains,
         settings.tuning,
-        settings.lora_rank,
-        settings.lora_alpha,
-        settings.lora_dropout,
-        settings.lora_bias,
         settings.lora_pool,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+        bias=settings.lora_bias,
     )
 
 
-def picture_source(settings: Settings, place: Place) -> FileList | ShardIndex:
+def parameter_groups(model: GenHancer, settings: Settings, stage: int) -> list[dict]:
+    """Trainable parameters with their peak learning rates.
+
+    End to end, the fresh denoiser and projectors need the learning rate that stage 1 would have
+    given them; the tower keeps stage 2's.
+    """
+    learning = [
+        (n.startswith("visual."), p) for n, p in model.named_parameters() if p.requires_grad
+    ]
+    tower, rest = ([p for inside, p in learning if inside is side] for side in (True, False))
+    peak = settings.stage1_lr if stage == 1 or settings.end_to_end else settings.stage2_lr
+    groups = [{"params": tower, "peak": settings.stage2_lr}, {"params": rest, "peak": peak}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(
+    groups: list[dict], settings: Settings, process: Process
+) -> torch.optim.Optimizer:
+    """AdamW (App. B; betas, eps and weight decay are the official code's).
+
+    With --zero every rank keeps the two moments of its share of the parameters only, updates that
+    share and sends it to the others (ZeRO, stage 1). Same numbers; of the full size's 10.5 GB of
+    moments, each of eight GPUs holds 1.3.
+    """
+    how = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": settings.weight_decay}
+    how["fused"] = process.device.type == "cuda"  # without a temporary as large as the weights
+    if settings.zero and process.ranks > 1:
+        # Here and not above: this import alone takes half a second.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=0.0, **how)
+    return torch.optim.AdamW(groups, lr=0.0, **how)
+
+
+def picture_source(settings: Settings, process: Process) -> FileList | ShardIndex:
     """Where the pictures of --data lie."""
     if not is_shard_pattern(settings.data):
         return FileList(find_images(settings.data))
 
     def bar(shards):
-        return tqdm(shards, "reading shard headers", unit="shard", disable=not place.chief)
+        return tqdm(shards, "reading shard headers", unit="shard", disable=not process.is_main)
 
-    # The chief scans and leaves the index file; the others find it there.
-    if place.ranks > 1 and not place.chief:
-        dist.barrier()
+    # The main process scans and leaves the index file; the others find it there.
+    if not process.is_main:
+        wait_for_all(process)
     # The first scan of CC3M reads 9 million headers: worth all cores of the node.
     index = ShardIndex(settings.data, progress=bar, workers=os.cpu_count() or 1)
-    if place.ranks > 1 and place.chief:
-        dist.barrier()
-    if place.chief:
+    if process.is_main:
+        wait_for_all(process)
         for problem in index.problems:
             print(f"data: {problem}", file=sys.stderr)
     return index
 
 
-def build_data(settings: Settings, model: GenHancer, place: Place) -> Dataset:
+def build_data(settings: Settings, model: GenHancer, process: Process) -> Dataset:
     """The training set; with --cache, together with everything the frozen parts make of it."""
     if settings.data:
         dataset = Pictures(
-            picture_source(settings, place),
+            picture_source(settings, process),
             model.info.image_size,
             settings.crop_min,
             settings.seed,
@@ -204,13 +232,11 @@ def build_data(settings: Settings, model: GenHancer, place: Place) -> Dataset:
         )
 
     def encode(images):
-        frozen = model.eval().frozen(images.to(place.device))
-        return {k: v.float() if v.is_floating_point() else v for k, v in frozen.items()}
+        cached = model.eval().precompute(images.to(process.device))
+        return {k: v.float() if v.is_floating_point() else v for k, v in cached.items()}
 
-    return FrozenCache(
-        dataset,
-        encode,
-        lambda chunks: tqdm(
-            chunks, "frozen features", unit="chunk", leave=False, disable=not place.chief
-        ),
-    )
+    def bar(chunks):
+        what = "encoding pictures once"
+        return tqdm(chunks, what, unit="chunk", leave=False, disable=not process.is_main)
+
+    return CachedPictures(dataset, encode, bar)

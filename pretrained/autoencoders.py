@@ -85,26 +85,6 @@ class VQGANConfig(AutoencoderConfig):
 
 FLUX_VAE = AutoencoderConfig()
 TAMING_VQGAN = VQGANConfig()
-# Toy scenes (64 px) become 8×8×32 latents, so 16 tokens after the denoiser's 2×2 patches: one per
-# CLIP patch. Shift and scale come with the weights, in their JSON.
-TOY_VAE = AutoencoderConfig(
-    base_channels=8,
-    channel_multipliers=(1, 2, 4, 8),
-    blocks_per_level=1,
-    latent_channels=32,
-    groups=4,
-)
-# The same scenes become 8×8 = 64 tokens of 8×8 pixels.
-TOY_VQGAN = VQGANConfig(
-    base_channels=8,
-    channel_multipliers=(1, 2, 4, 8),
-    blocks_per_level=1,
-    latent_channels=32,
-    groups=4,
-    attention_levels=(),
-    codes=1024,
-    code_width=32,
-)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -460,18 +440,11 @@ def _fit(make: type, config: AutoencoderConfig, state: dict[str, Tensor], path: 
     """`make(config)` with the file's tensors, strictly; frozen, in eval mode, float32."""
     with torch.device("meta"):
         module = make(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if expected != found:
-        first = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
-        raise ValueError(
-            f"{make.__name__} weights: {path} holds {len(found)} tensors, expected "
-            f"{len(expected)}; first mismatch {first}: expected {expected.get(first, 'nothing')}, "
-            f"found {found.get(first, 'nothing')}"
-        )
-    # assign=True puts the file's tensors in the meta ones' place; toy weights ship in half
-    # precision.
-    module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    try:  # assign=True puts the file's tensors in the meta ones' place
+        module.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
+    except RuntimeError as error:  # it names what is missing, left over and of another shape
+        first = " ".join(str(error).partition("\n")[2].split())[:300]
+        raise ValueError(f"{make.__name__} weights: {path} does not fit: {first} …") from None
     return module.eval().requires_grad_(False)
 
 

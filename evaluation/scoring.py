@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The nine visual patterns in the order of Tab. 1; other names come after them.
@@ -41,6 +42,45 @@ def pair_verdicts(images: Tensor, texts: Tensor) -> dict[str, np.ndarray]:
     of_image = of_text.flip(1)  # same image, other text
     t2i, i2t = (own > of_text).all(1).numpy(), (own > of_image).all(1).numpy()
     return {"text-to-image": t2i, "image-to-text": i2t, "group": t2i & i2t}
+
+
+def score(encoder, items: list, template: str) -> dict[str, np.ndarray]:
+    """Verdicts by task, bool (K,): "text-to-image", "image-to-text" and "group" for pairs of
+    images, "image-to-text" for single ones.
+
+    Args:
+        encoder: gives unit vectors for `images` and `texts` (encoder.py).
+        items: of one kind, all paired or all single (pairsets.py).
+        template: the prompt, with {} for the caption.
+    """
+    images = encoder.images([image for item in items for image in item.images])
+    texts = encoder.texts([template.format(c) for item in items for c in item.captions])
+    if items[0].paired:
+        return pair_verdicts(images.view(len(items), 2, -1), texts.view(len(items), 2, -1))
+    hits, start = [], 0
+    for item, image in zip(items, images, strict=True):
+        similarity = texts[start : start + len(item.captions)] @ image  # (captions,)
+        hits.append(bool((similarity[0] > similarity[1:]).all()))  # strictly: a tie is wrong
+        start += len(item.captions)
+    return {"image-to-text": np.array(hits)}
+
+
+def ridge_probe(features: Tensor, labels: Tensor, test: Tensor, strength: float = 1e-2) -> Tensor:
+    """A linear probe in closed form: which class does ridge regression on frozen features see?
+
+    It tells whether the information is there, whatever the text tower makes of it.
+
+    Args: features (K, d) and labels (K,) to fit; test (T, d). Returns: classes (T,).
+    """
+    train, classes = features.double(), int(labels.max()) + 1
+    center, target = train.mean(0), F.one_hot(labels, classes).double()
+    train = train - center
+    # weights = (XᵀX + λI)⁻¹ Xᵀ Y, one column per class
+    eye = torch.eye(train.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(
+        train.T @ train + strength * eye, train.T @ (target - target.mean(0))
+    )  # (d, classes)
+    return ((test.double() - center) @ weights + target.mean(0)).argmax(1)
 
 
 def wilson_interval(hits: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -1,0 +1,112 @@
+"""The picture at the top of the README: what stage 2 has changed, seen through the denoiser's eyes.
+
+    python benchmarks/hero.py --run runs/demo        → docs/hero.png
+
+Scenes that no run has trained on, from pairs that the toy benchmark counts as won (wrong before
+stage 2, right after). Beside each: what the *same* denoiser, as stage 1 left it, draws from the
+*same* noise when it is told the [CLS] token of CLIP before and after stage 2; and the similarities
+that decide the pair. Of all pairs won in a pattern the one is shown whose drawings came nearest to
+the scenes: the picture shows what the effect looks like, the tables say how often it happens.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from report import ROOT  # first: it lets the project's modules be found
+
+from evaluation.encoder import Encoder
+from evaluation.pairsets import Item
+from evaluation.scoring import pair_verdicts
+from genhancer import GenHancer
+from pretrained.backbones import load_clip
+from settings import Settings
+from toy import benchmark
+from toy.world import to_tensor
+from training import checkpoints as ckpt
+from training.assemble import build_model, start_stage2
+from training.process import start_process
+from util.cli import run_command
+from util.pictures import picture_table
+
+COLUMNS = [
+    "a scene it was not trained on",
+    "drawn from [CLS] before stage 2",
+    "drawn from [CLS] after stage 2",
+    "which picture does CLIP find nearer to the words? (cosine)",
+]
+
+
+def load_both(run: Path) -> tuple[GenHancer, list[Encoder]]:
+    """The model as stage 2 left it, and CLIP before and after."""
+    settings = Settings(**json.loads((run / "config.json").read_text())["settings"])
+    process = start_process(settings.precision)
+    _, model = build_model(settings, process)
+    for stage in (1, 2):
+        found = ckpt.checkpoints_in(run / f"stage{stage}")
+        if not found:
+            raise FileNotFoundError(f"--run {run}: no checkpoint of stage {stage}")
+        model.start_stage1() if stage == 1 else start_stage2(model, settings)
+        ckpt.restore(model, found[-1])
+    models = settings.clip, str(run / "enhanced")
+    return model.eval(), [Encoder(name, *load_clip(name), process.device) for name in models]
+
+
+@torch.no_grad()
+def drawings(model: GenHancer, item: Item) -> list[torch.Tensor]:
+    """The pair's pictures, drawn before and drawn after: (2, 3, H, W) each, from the same noise."""
+    images = torch.stack([to_tensor(pixels) for pixels in item.images])
+    draws = model.draw_from([0, 1, 2], images.device)
+    rows = [images]
+    for features in (model.original_features(images), model.encode(images)[0]):
+        context, vector = model.condition(features)
+        made = model.paradigm.reconstruct(images, draws, context, vector)
+        rows.append(list(made.values())[-1])  # the last row is drawn from [CLS] alone
+    return rows
+
+
+def words(item: Item, similarities: list[np.ndarray], own: int) -> list[str]:
+    """Lines beside one picture of a pair: its caption's similarity to it and to the other."""
+    lines = [f"\u201c{benchmark.TEMPLATE.format(item.captions[own])}\u201d", ""]
+    for when, similarity in zip(("before", "after"), similarities, strict=True):
+        mine, other = similarity[own, own], similarity[own, 1 - own]
+        verdict = "right" if mine > other else "wrong"
+        lines.append(f"{when}:  this {mine:.3f},  the other {other:.3f}   {verdict}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", default="runs/demo", help="a finished run of the flow denoiser")
+    parser.add_argument("--patterns", default="Spatial,Presence", help="one pair of each")
+    args = parser.parse_args()
+    model, encoders = load_both(ROOT / args.run)
+    items = benchmark.pairs(mentioned=False)
+    found = []
+    for encoder in encoders:
+        images = encoder.images([image for item in items for image in item.images])
+        texts = encoder.texts([benchmark.TEMPLATE.format(c) for i in items for c in i.captions])
+        found.append((images.view(len(items), 2, -1), texts.view(len(items), 2, -1)))
+    before, after = (pair_verdicts(*features)["text-to-image"] for features in found)
+    rows = []
+    for pattern in args.patterns.split(","):
+        won = [i for i in np.flatnonzero(~before & after) if items[i].category == pattern]
+        if not won:
+            raise ValueError(f"--patterns {pattern}: no pair of it was won")
+        made = {i: drawings(model, items[i]) for i in won}
+        # How much nearer to the scenes have the drawings come?
+        gain = {i: float(((m[1] - m[0]) ** 2 - (m[2] - m[0]) ** 2).mean()) for i, m in made.items()}
+        best = max(gain, key=gain.get)
+        sims = [(texts[best] @ images[best].T).numpy() for images, texts in found]
+        for own in (0, 1):
+            rows.append(([row[own] for row in made[best]], words(items[best], sims, own)))
+    picture_table(COLUMNS, rows, ROOT / "docs" / "hero.png")
+    print("written: docs/hero.png")
+
+
+if __name__ == "__main__":
+    run_command(main)

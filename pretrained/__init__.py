@@ -1,0 +1,1 @@
+"""What others trained and this project starts from: CLIP towers, tokenizers, FLUX.1."""

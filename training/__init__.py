@@ -1,0 +1,1 @@
+"""What stands around the loop of train.py: processes, assembly, checkpoints, log, plan, shards."""

@@ -1,0 +1,136 @@
+"""One process of a run: which rank, which device, and how it begins and ends.
+
+torchrun starts the same program once per GPU and tells each copy, through the environment, who it
+is. Alone, a process is rank 0 of 1 and needs none of this. The main process (rank 0) is the one
+that prints and writes; all the others only compute.
+
+This module imports nothing of what stands above it, and knows neither models nor settings.
+"""
+
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from util.cli import with_rank
+
+# How gloo and NCCL speak of a peer that is gone.
+LOST_PEER = re.compile(r"(?i)connection (closed|reset|refused)|nccl|timed ?out|timeout")
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where this process runs; by default alone, on the CPU, in float32."""
+
+    rank: int = 0
+    ranks: int = 1
+    device: torch.device = torch.device("cpu")
+    autocast: bool = False
+    """bf16 where a loss of digits does no harm"""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_process(precision: str) -> Process:
+    """Device, precision and, under torchrun, the process group (nccl on GPUs, gloo on CPUs).
+
+    Args: precision: "auto", "fp32" or "bf16".
+    """
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda, device = torch.cuda.is_available(), torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        # What autocast leaves in float32 may use TF32: its rounding is far below the noise of a
+        # stochastic gradient.
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        # With a few dozen tokens the fused CPU kernel costs more than it saves, and PyTorch's
+        # separate inference path for attention rounds differently: the tower must give the same
+        # features whether it trains or not.
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.mha.set_fastpath_enabled(False)
+    if "RANK" in os.environ and not dist.is_initialized():
+        # After a restart torchrun's store still lists processes that are gone: with a prefix of its
+        # own, an attempt sees only the processes of that attempt.
+        store, _, _ = next(dist.rendezvous("env://", rank, ranks))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt{attempt}", store)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    # bf16 keeps float32's range, so no loss scaling is needed. CPUs without bf16 units emulate it,
+    # a hundred times slower than float32 where we measured: "auto" never picks it there.
+    supported = cuda and torch.cuda.is_bf16_supported()
+    bf16 = precision == "bf16" or (precision == "auto" and supported)
+    return Process(rank, ranks, device, bf16)
+
+
+@contextmanager
+def ending_well(process: Process, saved: str) -> Iterator[None]:
+    """Around a run: a lost peer becomes one line that says what is `saved`, and the process group
+    is left whatever happens."""
+    line = (
+        "another process of this run has died (or torchrun was told to stop), so this one stops "
+        f"too; {saved}, and torchrun --max-restarts 3 would do that by itself"
+    )
+    if process.ranks > 1:
+        say_on_sigterm(line)
+    try:
+        yield
+    except RuntimeError as error:
+        # What the survivors notice when a rank dies, if torchrun does not end them first. With
+        # --max-restarts it starts all again, from the newest checkpoint.
+        if not dist.is_initialized() or not LOST_PEER.search(str(error)):
+            raise
+        raise ConnectionError(line) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def say_on_sigterm(line: str) -> None:
+    """SIGTERM is how torchrun ends the survivors. Say so, and go: a rank that cleaned up behind
+    itself would wait for the dead one."""
+
+    def stop(number, frame):
+        print(f"{with_rank('train.py')}: {line}", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def in_parallel(model: torch.nn.Module, process: Process) -> torch.nn.Module:
+    """The model under DDP, which averages gradients over the ranks while backward runs; the model
+    itself where there is only one."""
+    if process.ranks == 1:
+        return model
+    # Parameters that do not train have no gradients to average, and buffers never change, so
+    # neither is sent. (Newer PyTorch warns that the flag was renamed; the new name sends them once
+    # more.) Gradients live in DDP's own buckets: one copy, not two.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def union_over_ranks(items: set[str], process: Process) -> set[str]:
+    """What any rank has."""
+    if process.ranks == 1:
+        return items
+    gathered: list = [None] * process.ranks
+    dist.all_gather_object(gathered, items)
+    return set().union(*gathered)
+
+
+def wait_for_all(process: Process) -> None:
+    """No rank goes on before every rank is here."""
+    if process.ranks > 1:
+        dist.barrier()

@@ -1,0 +1,1 @@
+"""What knows neither CLIP nor denoisers: commands and their errors, whole files, picture grids."""
