@@ -154,3 +154,14 @@ def small_siglip():
 
     vit_tiny_patch16_siglip_test.__module__ = "timm.models.vision_transformer"
     register_model(vit_tiny_patch16_siglip_test)
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    """One undisturbed run of both stages; other tests compare with it or go on from it."""
+    from tiny_runs import train
+
+    runs = tmp_path_factory.mktemp("runs")
+    done = train(runs, "straight")
+    assert done.returncode == 0, done.stderr
+    return runs / "straight"

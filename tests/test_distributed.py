@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_train import PERCEIVER, TINY, equal, metrics, tensors
+from tiny_runs import PERCEIVER, TINY, equal, metrics, tensors
 
 
 def launch(ranks, runs, name, *extra, tiny=TINY, script=ROOT / "train.py", options=()):

@@ -1,8 +1,6 @@
-"""README.md tells the truth: its equation map, its file table, its flags, its figures, its
-links."""
+"""README.md and docs/ tell the truth: equation map, file table, flags, figures, links, commands."""
 
 import ast
-import json
 import re
 import shlex
 import subprocess
@@ -13,12 +11,15 @@ import torch
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SOURCES = {p.name: p.read_text(encoding="utf-8") for p in ROOT.glob("*.py")}
+DOCS = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md")}
+FOLDERS = ("pretrained", "training", "evaluation", "toy", "util")
+FILES = [*ROOT.glob("*.py"), *(f for d in FOLDERS for f in (ROOT / d).glob("[!_]*.py"))]
+SOURCES = {f.relative_to(ROOT).as_posix(): f.read_text(encoding="utf-8") for f in FILES}
 
 
-def table(heading):
+def table(text, heading):
     """The rows of the first Markdown table after a heading, cells stripped."""
-    part = README.split(f"## {heading}\n", 1)[1].split("\n## ")[0]
+    part = text.split(f"## {heading}\n", 1)[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
@@ -35,108 +36,138 @@ def definition(file, dotted):
     return "\n".join(SOURCES[file].splitlines()[node.lineno - 1 : node.end_lineno])
 
 
-def test_equation_map_is_true():
+def test_it_is_two_pages():
+    assert len(README.splitlines()) <= 250 and len(README.encode()) <= 15_000
+    tables = [line for line in README.splitlines() if line.startswith("|")]
+    assert max(map(len, tables)) <= 100
+
+
+# -- the equation map ----------------------------------------------------------------------------
+MAP = table(README, "Where each equation lives")
+
+
+@pytest.mark.parametrize("paper, place", [row[:2] for row in MAP])
+def test_equation_map_is_true(paper, place):
     """Every row: the function exists, and the equation's name stands inside it."""
-    rows = table("Where each equation lives")
-    assert len(rows) >= 12
-    for paper, place, _ in rows:
-        file, name = re.fullmatch(r"`(\S+\.py):(\S+)`", place).groups()
-        body = definition(file, name)
-        for reference in paper.split(", "):
-            assert reference in body, f"{reference} is not named in {file}:{name}"
+    file, name = re.fullmatch(r"`(\S+\.py):(\S+)`", place).groups()
+    body = definition(file, name)
+    for reference in paper.split("; "):
+        # "Alg. 1, lines 3-7", "Alg. 1, lines 2 and 11" and "Eq. (1)" name their lines in one breath
+        algorithm, _, line = reference.partition(", line ")
+        spelling = rf"{re.escape(algorithm)}, lines? (\d+(-| and ))*{line}\b"
+        found = re.search(spelling, body) if line else reference in body
+        assert found, f"{reference} is not named in {file}:{name}"
 
 
-def test_every_equation_named_in_the_code_is_in_the_map():
-    mapped = {
-        reference for row in table("Where each equation lives") for reference in row[0].split(", ")
-    }
+def test_the_equation_map_is_whole():
+    """Every equation, table and line that a comment marks in the code is in it."""
+    assert len(MAP) >= 20
+    mapped = {reference for row in MAP for reference in row[0].split("; ")}
+    asked = {"Eq. (2)", "Theorem 1", "Alg. 1, line 6", "Alg. 2, line 5", "Eq. (5)", "Key Point #1"}
+    assert asked <= mapped
     for file, source in SOURCES.items():
         for number in re.findall(r"# .*?(Eq\. \(S?\d\))", source):
             assert number in mapped, f"{file} implements {number}, and the map does not say so"
 
 
-def test_reading_order_lists_every_module():
-    listed = {re.search(r"`(\w+\.py)`", row[0]).group(1) for row in table("Reading order")}
-    assert listed == set(SOURCES), listed ^ set(SOURCES)
-
-
-def commands():
-    """Every command of the README's shell blocks, continuation lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")
+def test_reading_order_lists_every_file_and_room():
+    rows = [
+        re.search(r"`(\w+(?:\.py|/))`", row[0]).group(1) for row in table(README, "Reading order")
     ]
+    assert set(rows) == {f.name for f in ROOT.glob("*.py")} | {f"{d}/" for d in FOLDERS}
+
+
+# -- commands ------------------------------------------------------------------------------------
+def commands(text):
+    """Every command of the shell blocks, continuation lines joined, and of the tables' cells."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
+    cells = re.findall(r"`((?:python|torchrun|make) [^`]+)`", text)
+    return [command.replace(" …", "") for command in [*found, *cells]]
+
+
+ALL_COMMANDS = sorted({c for text in (README, *DOCS.values()) for c in commands(text)})
 
 
 def test_the_first_two_commands():
-    first = [c for c in commands() if c.startswith("make")]
+    first = [c for c in commands(README) if c.startswith("make")]
     assert first[:2] == ["make demo", "make test"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{c.split()[1]}:", makefile, re.M) for c in first)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if ".py" in c])
-def test_every_python_command_knows_its_flags(command):
-    """Each flag is one the script declares: appended --help would hide a wrong one, so compare."""
+def script_of(command):
+    """A command's script as a path from the root, and the words after it."""
     words = shlex.split(command)
-    script = next(w for w in words if w.endswith(".py"))
-    done = subprocess.run(
-        [sys.executable, script, *(["pretrain"] if "pretrain" in words else []), "--help"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    for word in words[words.index(script) + 1 :]:
+    if words[1] == "-m":
+        return words[2].replace(".", "/") + ".py", words[3:]
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[at], words[at + 1 :]
+
+
+HELP = {}  # script → its --help, asked once
+
+
+def help_of(script):
+    if script not in HELP:
+        module = ["-m", script.removesuffix(".py").replace("/", ".")]
+        how = [script] if "/" not in script or script.startswith("benchmarks/") else module
+        done = subprocess.run(
+            [sys.executable, *how, "--help"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        HELP[script] = done.stdout
+    return HELP[script]
+
+
+@pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if not c.startswith("make")])
+def test_every_python_command_knows_its_flags(command):
+    """The script exists, and each flag is one that it declares."""
+    script, words = script_of(command)
+    assert (ROOT / script).is_file()
+    text = help_of(script)
+    for word in words:
         if word.startswith("--"):
-            assert word in done.stdout, f"{script} has no {word}"
+            assert re.search(rf"{word.split('=')[0]}\b", text), f"{script} has no {word}"
+
+
+def test_every_command_of_the_makefile_knows_its_flags():
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    scripts = [line.strip().replace("$(PY)", "python") for line in lines if ".py " in line]
+    assert len(scripts) >= 3
+    for command in scripts:
+        script, words = script_of(command)
+        for word in words:
+            assert not word.startswith("--") or word in help_of(script), f"{script} has no {word}"
 
 
 def test_flags_named_anywhere_exist():
-    from settings import Settings
-
-    fields = set(Settings.__dataclass_fields__)
-    known = (
-        fields
-        | {f"no-{f}" for f in fields}
-        | {
-            "benchmark",
-            "model",
-            "nproc_per_node",
-            "seeds",
-            "name",
-            "nnodes",
-            "rdzv_backend",
-            "rdzv_endpoint",
-            "flags",
-            "run",
-            "out",
-            "max-restarts",
-            "template",
-            "doubts",
-            "classify",
-            "root",
-            "captions",
-            "images",
-            "probe",
-            "layers",
-            "only",
-            "eval_only",
-            "help",
-        }
-    )
-    for flag in re.findall(r"(?<![-|])--([a-z][a-z0-9_-]*)", README):
-        assert flag in known, f"README names --{flag}"
+    """In running text a flag has no script beside it: some command must declare it."""
+    known = "".join(help_of(script_of(c)[0]) for c in ALL_COMMANDS if not c.startswith("make"))
+    torchruns = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts"}
+    for name, text in {"README.md": README, **DOCS}.items():
+        for flag in re.findall(r"(?<![-|<!])--([a-z][a-z0-9_-]*)", text):
+            declared = flag in torchruns | {"help"} or re.search(rf"--{flag}\b", known)
+            assert declared, f"{name} names --{flag}"
 
 
+def test_the_snippets_are_python_that_names_what_exists():
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
+        for node in ast.walk(ast.parse(snippet)):
+            if isinstance(node, ast.ImportFrom):
+                module = __import__(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+# -- numbers -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "heading, denoiser", [("Settings", "flow"), ("Settings of the discrete denoiser", "perceiver")]
+    "heading, denoiser", [("Continuous denoiser", "flow"), ("Discrete denoiser", "perceiver")]
 )
 def test_settings_tables_name_the_presets_own_numbers(heading, denoiser):
     from settings import PERCEIVER, Settings, preset_of
 
-    rows = {row[0]: row[1:] for row in table(heading)}
+    rows = {row[0]: row[1:] for row in table(DOCS["SETTINGS.md"], heading)}
     full = Settings(**(PERCEIVER if denoiser == "perceiver" else {}))
     toy = Settings(**preset_of({"denoiser": denoiser}))
     plain = [cell.replace(" ", "").replace("\u202f", "") for cell in rows["steps"]]
@@ -155,7 +186,7 @@ def test_settings_tables_name_the_presets_own_numbers(heading, denoiser):
 def test_parameter_table_of_the_perceiver():
     from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
 
-    part = README.split("Parameters of the Perceiver")[1].split("\n## ")[0]
+    part = DOCS["SETTINGS.md"].split("Parameters of the Perceiver")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("|")][2:]
     assert [int(row[0]) for row in rows] == [2, 4, 6, 8]
     for layers, *cells in rows:
@@ -167,33 +198,32 @@ def test_parameter_table_of_the_perceiver():
 
 
 def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+    for folder, texts in ((ROOT, [README]), (ROOT / "docs", DOCS.values())):
+        for text in texts:
+            for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+                if not target.startswith("http"):
+                    assert (folder / target).exists(), target
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "toy_seeds",
-        "perceiver",
-        "side_by_side",
-        "condition",
-        "plans",
-        "drift_study",
-        "selection_study",
-        "retention",
-    ],
-)
-def test_result_figures_are_those_of_the_benchmark_files(name):
-    """The tables in the README are the committed output of the commands beside them, to the
-    letter; of the discrete denoiser's, the one on mentioned subjects is only linked."""
-    text = (ROOT / "benchmarks" / f"{name}.md").read_text(encoding="utf-8")
-    if name in ("toy_seeds", "perceiver"):
-        result = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
-        assert len(result["seeds"]) == 5
-    if name == "perceiver":
-        text = text.split("**Toy benchmark, mentioned subjects**")[0]
-    for line in text.splitlines():
-        if line.startswith("|"):
-            assert line in README, line
+def test_documents_hold_the_benchmarks_own_tables():
+    """What `python benchmarks/results.py` would write is what stands there."""
+    blocks = {}
+    for name in ("RESULTS.md", "SETTINGS.md"):
+        found = re.findall(r"<!-- benchmarks/(\w+)\.md -->\n(.*?)<!-- end -->", DOCS[name], re.S)
+        blocks |= dict(found)
+    for name, text in blocks.items():
+        file = ROOT / "benchmarks" / f"{name}.md"
+        assert text.strip() == file.read_text(encoding="utf-8").strip(), name
+    committed = {file.stem for file in (ROOT / "benchmarks").glob("*.md")}
+    arms = {"lambda0", "end_to_end", "end_to_end_lambda0", "perceiver_lambda0", "perceiver_learnt"}
+    assert committed - arms == set(blocks), "each is shown; the arms are rows of one table"
+
+
+def test_the_result_of_the_readme_is_in_the_benchmarks_files():
+    """Four rows: each is the corresponding row of the side-by-side table."""
+    shown = table(README, "What it does, measured")
+    whole = (ROOT / "benchmarks" / "side_by_side.md").read_text(encoding="utf-8")
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in whole.splitlines()]
+    assert len(shown) == 4
+    for row in shown:
+        assert row in rows, row

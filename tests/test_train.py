@@ -1,98 +1,26 @@
-"""train.py end to end at tiny size: runs, resumes bit-equal, refuses what does not fit."""
+"""train.py end to end at tiny size: what a run leaves behind, resumes bit-equal, ablations."""
 
-import contextlib
-import io
 import json
 import math
 import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ROOT, SIGLIP
+from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from tiny_runs import PERCEIVER, TINY, equal, metrics, tensors, train, train_here
 
-import train as training
 from evaluation.encoder import find_tokenizer
-from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
 from pretrained.autoencoders import load_vqgan
 from pretrained.backbones import load_clip
 from toy import world
 from training import checkpoints as ckpt
-from util.cli import run_command
-
-COMMON = shlex.split(
-    "--toy_images 48 --width 32 --heads 2 --batch 16 --micro_batch 16 --warmup 2 --stage1_steps 6 "
-    "--stage2_steps 4 --log_every 3 --save_every 2 --sample_every 100 --lora_rank 4"
-)
-TINY = [*COMMON, *shlex.split("--rope_axes 4,6,6 --vector_dim 12 --context_dim 20")]
-PERCEIVER = [*COMMON, *shlex.split("--denoiser perceiver --layers 2")]
-TIMES = {
-    "images_per_s",
-    "memory_gb",
-}  # the only fields of a metrics line that may differ between equal runs
-
-
-def train(runs, name, *extra, tiny=TINY):
-    return subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--runs",
-            str(runs),
-            "--name",
-            name,
-            *tiny,
-            *map(str, extra),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-
-
-def train_here(runs, name, *extra, tiny=TINY):
-    """The same in this process: spares a second start of PyTorch where nothing is killed."""
-    out, argv = io.StringIO(), sys.argv
-    sys.argv = ["train.py", "--runs", str(runs), "--name", name, *tiny, *map(str, extra)]
-    code = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            run_command(lambda: training.main(training.command_line()))
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        sys.argv = argv
-    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), out.getvalue())
-
-
-def metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def tensors(run, stage):
-    return load_file(ckpt.checkpoints_in(run / f"stage{stage}")[-1] / "trained.safetensors")
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """One undisturbed run of both stages; other tests compare with it or go on from it."""
-    runs = tmp_path_factory.mktemp("runs")
-    done = train(runs, "straight")
-    assert done.returncode == 0, done.stderr
-    return runs / "straight"
 
 
 def test_what_a_run_leaves_behind(straight):
@@ -263,148 +191,6 @@ def test_stage1_from_another_run(straight, tmp_path):
     assert equal(tensors(tmp_path / "other", 2), tensors(straight, 2))
 
 
-def photos(folder, count=12):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 255, (70, 90, 3), np.uint8)).save(folder / f"{i:02d}.jpg")
-    return folder
-
-
-def test_pictures_from_a_folder_with_a_broken_one(tmp_path):
-    folder = photos(tmp_path / "photos", 60)
-    (folder / "05.jpg").write_bytes(b"broken")
-    done = train_here(tmp_path, "photos", "--data", folder)
-    assert done.returncode == 0, done.stderr
-    assert "05.jpg" in done.stderr + done.stdout
-    assert metrics(tmp_path / "photos")[-1]["unreadable"] >= 1
-
-
-@pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
-def test_real_photographs_both_stages(tmp_path, denoiser):
-    """The shared COCO photographs, where they are: the same code, and the loss falls."""
-    folder = ROOT.parent / "shared" / "data" / "photos"
-    if not folder.is_dir():
-        pytest.skip("no ../shared/data/photos here")
-    tiny = TINY if denoiser == "flow" else PERCEIVER
-    steps = "--stage1_steps 60 --stage2_steps 10 --log_every 10 --save_every 60"
-    done = train_here(tmp_path, "real", "--data", folder, tiny=[*tiny, *shlex.split(steps)])
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in metrics(tmp_path / "real") if line["stage"] == 1]
-    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-
-
-def tar_shards(folder, photos):
-    """Two shards of jpg/txt pairs, the second cut off in the middle of its last picture."""
-    folder.mkdir()
-    files = sorted(photos.iterdir())
-    for shard, part in enumerate((files[::2], files[1::2])):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for file in part:
-                tar.add(file, f"{file.stem}.jpg")
-    last = folder / "00001.tar"
-    with tarfile.open(last) as tar:
-        member = tar.getmembers()[-1]
-    last.write_bytes(last.read_bytes()[: member.offset_data + member.size // 2])
-    return folder
-
-
-def test_tar_shards_both_stages_and_a_resume(tmp_path):
-    """Read by worker processes; the cut shard is named, and its whole pictures are used."""
-    folder = tar_shards(tmp_path / "shards", photos(tmp_path / "photos"))
-    flags = ["--data", f"{folder}/{{00000..00001}}.tar", "--no-cache", "--workers", "2"]
-    done = train_here(tmp_path, "straight", *flags, "--crop_white")
-    assert done.returncode == 0 and "00001.tar is cut off" in done.stdout
-    assert read_settings(tmp_path / "straight" / "stage1")["images"] == 11
-    assert train_here(tmp_path, "stopped", *flags, "--crop_white").returncode == 0
-    run = tmp_path / "stopped"
-    shutil.rmtree(run / "stage1" / "step_00000006")
-    shutil.rmtree(run / "stage2")
-    assert train_here(tmp_path, "stopped", *flags, "--crop_white").returncode == 0
-    for stage in (1, 2):
-        assert equal(tensors(run, stage), tensors(tmp_path / "straight", stage))
-    refused = train_here(tmp_path, "stopped", *flags)
-    assert refused.returncode == 2 and "crop_white: True → False" in refused.stderr
-
-
-def read_settings(stage):
-    return ckpt.read_state(ckpt.checkpoints_in(stage)[-1])["settings"]
-
-
-def test_published_flux_as_the_denoiser(tmp_path):
-    """--flux: depth and width from the file, frozen in both stages; stage 1 trains the projectors
-    alone, and a resume refuses another file."""
-    config = FlowDenoiserConfig(
-        latent_channels=32, width=256, heads=2, double_blocks=1, single_blocks=2, vector_dim=12,
-        context_dim=20, flux_time=True,
-    )  # fmt: skip
-    for name in ("a", "b"):
-        save_file(FlowDenoiser(config).state_dict(), tmp_path / f"{name}.safetensors")
-    flags = [*COMMON, "--flux", str(tmp_path / "a.safetensors")]
-    del flags[flags.index("--width") : flags.index("--width") + 4]  # and --heads: the file decides
-    done = train_here(tmp_path, "flux", tiny=flags)
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "flux"
-    parts = {n.split(".")[0] for n in tensors(run, 1)}
-    assert parts == {"project_vector", "project_context"}
-    assert (run / "enhanced" / "open_clip_model.safetensors").is_file()
-    losses = [line["loss"] for line in metrics(run)]
-    assert all(math.isfinite(loss) for loss in losses)
-    flags[-1] = str(tmp_path / "b.safetensors")
-    again = train_here(tmp_path, "flux", tiny=flags)
-    assert again.returncode == 2 and "frozen.denoiser" in again.stderr.replace("(", "frozen.")
-
-
-@pytest.mark.usefixtures("small_siglip")
-@pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
-def test_a_siglip_from_training_to_transformers(tmp_path, denoiser):
-    """A timm tower with an attention pool: both stages with local tokens, LoRA on its fused qkv and
-    on the pool's MLP, the enhanced folder in open_clip and in transformers."""
-    transformers = pytest.importorskip("transformers")
-    import export_hf
-
-    torch.manual_seed(0)
-    clip = open_clip.CustomTextCLIP(**{k: v for k, v in SIGLIP.items() if k != "custom_text"})
-    save_file(clip.state_dict(), tmp_path / "siglip.safetensors")
-    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
-    config = {"model_cfg": SIGLIP, "preprocess_cfg": about}
-    (tmp_path / "siglip.json").write_text(json.dumps(config))
-    tiny = TINY if denoiser == "flow" else PERCEIVER
-    flags = ["--clip", tmp_path / "siglip.safetensors", "--local_ratio", "25", "--lora_pool"]
-    done = train_here(tmp_path, "siglip", *flags, tiny=tiny)
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "siglip"
-    learnt = {name.split(".adapters")[0] for name in tensors(run, 2) if ".adapters" in name}
-    blocks = {f"visual.trunk.blocks.{i}.{part}" for i in (0, 1)
-              for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}  # fmt: skip
-    assert learnt == blocks | {f"visual.trunk.attn_pool.mlp.fc{i}" for i in (1, 2)}
-    theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{run / 'enhanced'}")
-    export_hf.export(run / "enhanced", tmp_path / "hf")
-    exported = transformers.SiglipVisionModel.from_pretrained(tmp_path / "hf").eval()
-    images = torch.rand(2, 3, 64, 64)
-    with torch.no_grad():
-        before, after = clip.eval().encode_image(images), theirs.eval().encode_image(images)
-        assert torch.allclose(exported(images).pooler_output, after, atol=1e-4)
-    assert not torch.allclose(before, after, atol=1e-4), "stage 2 changed it"
-
-
-def test_the_enhanced_model_leaves_for_transformers(straight, tmp_path):
-    """A run's result, exported: transformers' CLIP gives the same features."""
-    transformers = pytest.importorskip("transformers")
-    import export_hf
-
-    export_hf.export(straight / "enhanced", tmp_path / "hf")
-    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
-    clip, _ = load_clip(str(straight / "enhanced"))
-    images = torch.rand(2, 3, 64, 64)
-    with torch.no_grad():
-        mine = clip.encode_image(images)
-        features = theirs.visual_projection(theirs.vision_model(images).pooler_output)
-    assert torch.allclose(features, mine, atol=1e-4)
-    card = (tmp_path / "hf" / "README.md").read_text()
-    assert "licence" in card and "| lora_rank | 4 |" in card and "drift" in card
-
-
 # -- the discrete denoiser: what is its own; the loop itself is the same ---------------------------
 @pytest.fixture(scope="module")
 def perceiver(tmp_path_factory):
@@ -507,100 +293,3 @@ def test_the_two_denoisers_do_not_share_a_run(straight, perceiver):
         straight.parent, "x", "--stage", "2", "--stage1_from", straight, tiny=PERCEIVER
     )
     assert done.returncode == 2 and "another architecture: denoiser" in done.stderr
-
-
-DISCRETE = ["--denoiser", "perceiver"]
-WRONG = {
-    "missing folder": (["--data", "/nowhere"], "no folder and no file /nowhere"),
-    "mistyped flag": (["--blokcs", "3"], "did you mean --blocks"),
-    "mistyped preset": (["--preset", "tyo"], "invalid choice: 'tyo'"),
-    "not a number": (["--batch", "many"], "invalid int value"),
-    "missing CLIP": (["--clip", "gone.safetensors"], "is missing"),
-    "missing VAE": (["--vae", "gone.safetensors"], "no file gone.safetensors"),
-    "CLIP given as VAE": (["--vae", str(world.TOY_DIR / "clip.safetensors")], "does not fit"),
-    "missing VQ-GAN": ([*DISCRETE, "--vqgan", "gone.ckpt"], "no file gone.ckpt"),
-    "VAE given as VQ-GAN": (
-        [*DISCRETE, "--vqgan", str(world.TOY_DIR / "vae.safetensors")],
-        "does not fit",
-    ),
-    "VQ-GAN given as VAE": (
-        ["--vae", str(world.TOY_DIR / "vqgan.safetensors")],
-        "is of another kind",
-    ),
-    "bad mask range": ([*DISCRETE, "--mask_from", "0.9", "--mask_to", "0.5"], "from ≤ to"),
-    "flow's flag": ([*DISCRETE, "--time_scale", "5"], "--time_scale is of the flow denoiser"),
-    "Perceiver's flag": (["--mask_to", "0.8"], "add --denoiser perceiver"),
-    "odd Perceiver": ([*DISCRETE, "--heads", "7"], "no multiple of 7 heads"),
-    "negative latents": ([*DISCRETE, "--learnt_latents", "-1"], "--learnt_latents -1"),
-    "mistyped denoiser": (["--denoiser", "perciever"], "invalid choice: 'perciever'"),
-    "bad RoPE": (["--rope_axes", "8,8"], "three even numbers"),
-    "words for RoPE": (["--rope_axes", "a,b,c"], "expected three numbers"),
-    "bad ratio": (["--local_ratio", "200"], "percentage"),
-    "bad scale": (["--time_scale", "0"], "must be positive"),
-    "uneven batch": (["--batch", "10", "--micro_batch", "4"], "no multiple"),
-    "stage 2 without stage 1": (["--stage", "2"], "needs stage 1"),
-    "no such other run": (["--stage1_from", "/nowhere"], "holds no checkpoint"),
-    "end to end stage 1": (["--end_to_end", "--stage", "1"], "has no stage 1"),
-    "zero batch": (["--batch", "0"], "at least 1"),
-    "negative steps": (["--stage1_steps", "-1"], "at least 1"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_line_and_exit_2(tmp_path, case):
-    flags, message = WRONG[case]
-    done = train_here(tmp_path, "x", *flags, tiny=PERCEIVER if flags[:2] == DISCRETE else TINY)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and message in last, done.stderr
-    assert last.startswith("train.py: ") and "Traceback" not in done.stderr
-
-
-def test_full_size_presets_say_what_is_missing(tmp_path):
-    for denoiser, flag in (("flow", "--vae"), ("perceiver", "--vqgan")):
-        tiny = ["--preset", "openai-l14-224", "--denoiser", denoiser]
-        done = train_here(tmp_path, "x", tiny=tiny)
-        assert done.returncode == 2 and f"{flag} is missing" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--width", "64", "--rope_axes", "8,12,12"], "another architecture (denoiser.axes"),
-        (["--stage1_lr", "1e-5"], "another settings (stage1_lr"),
-        (["--seed", "3"], "another settings (seed"),
-    ],
-)
-def test_going_on_with_other_settings_is_refused(straight, flags, message):
-    done = train_here(straight.parent, "straight", *flags)
-    assert done.returncode == 2 and message in done.stderr.replace("\n", " ")
-
-
-def test_stage2_refuses_stage1_of_another_architecture_by_name(straight, tmp_path):
-    done = train_here(
-        tmp_path, "x", "--stage", "2", "--stage1_from", straight, "--vector_dim", "16"
-    )
-    assert (
-        done.returncode == 2 and "another architecture: denoiser.vector_dim: 12 → 16" in done.stderr
-    )
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    assert train_here(tmp_path, "d", "--stage", "1").returncode == 0
-    file = ckpt.checkpoints_in(tmp_path / "d" / "stage1")[-1] / "trained.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    done = train_here(tmp_path, "d", "--stage", "2")
-    assert (
-        done.returncode == 2 and "is damaged" in done.stderr and "delete this folder" in done.stderr
-    )
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    done = train_here(tmp_path, "n", "--stage1_lr", "1e30", "--stage", "1")
-    assert done.returncode == 2 and "not finite" in done.stderr and "toy scene" in done.stderr
-
-
-def test_help_names_every_flag_and_an_example():
-    done = subprocess.run(
-        [sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0 and "--drift_weight" in done.stdout and "torchrun" in done.stdout

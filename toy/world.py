@@ -188,15 +188,17 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     center_x = 64 + rng.uniform(-3, 3) + (3 - count) * rng.uniform(-5, 5)
     for copy in range(count):  # the rightmost is drawn last and may overlap its neighbour a little
         x = center_x + 41 * (copy - (count - 1) / 2) * (0.75 + 0.25 * scale) + rng.uniform(-1, 1)
-        _draw_subject(pen, scene, x, zone_y + rng.uniform(-2, 2), half_w, half_h, color)
+        center = x, zone_y + rng.uniform(-2, 2)
+        _draw_subject(pen, scene, center, (half_w, half_h), color)
     small = image.reduce(2)  # box filter: exact, and the same in every version of Pillow
     return np.asarray(small)
 
 
 def _draw_subject(
-    pen, scene: Scene, x: float, y: float, half_w: float, half_h: float, color: np.ndarray
+    pen, scene: Scene, center: tuple[float, float], half: tuple[float, float], color: np.ndarray
 ) -> None:
-    """One copy of the subject at (x, y) with its eye and, perhaps, its hat."""
+    """One copy of the subject with its eye and, perhaps, its hat. `half`: its width and height."""
+    (x, y), (half_w, half_h) = center, half
     outline = OUTLINES[scene.subject]
     mirror = -1 if scene["Orientation"] == "left" else 1
 

@@ -1,0 +1,73 @@
+"""train.py at tiny size, for tests: the flags, two ways to start it, and what it left behind."""
+
+import contextlib
+import io
+import json
+import shlex
+import subprocess
+import sys
+
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import train as training
+from training import checkpoints as ckpt
+from util.cli import run_command
+
+COMMON = shlex.split(
+    "--toy_images 48 --width 32 --heads 2 --batch 16 --micro_batch 16 --warmup 2 --stage1_steps 6 "
+    "--stage2_steps 4 --log_every 3 --save_every 2 --sample_every 100 --lora_rank 4"
+)
+TINY = [*COMMON, *shlex.split("--rope_axes 4,6,6 --vector_dim 12 --context_dim 20")]
+PERCEIVER = [*COMMON, *shlex.split("--denoiser perceiver --layers 2")]
+TIMES = {
+    "images_per_s",
+    "memory_gb",
+}  # the only fields of a metrics line that may differ between equal runs
+
+
+def train(runs, name, *extra, tiny=TINY):
+    return subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--runs",
+            str(runs),
+            "--name",
+            name,
+            *tiny,
+            *map(str, extra),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def train_here(runs, name, *extra, tiny=TINY):
+    """The same in this process: spares a second start of PyTorch where nothing is killed."""
+    out, argv = io.StringIO(), sys.argv
+    sys.argv = ["train.py", "--runs", str(runs), "--name", name, *tiny, *map(str, extra)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            run_command(lambda: training.main(training.command_line()))
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), out.getvalue())
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def tensors(run, stage):
+    return load_file(ckpt.checkpoints_in(run / f"stage{stage}")[-1] / "trained.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
