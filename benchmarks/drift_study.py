@@ -122,7 +122,8 @@ def curve(rows: list[dict], file: Path) -> None:
     axes.vlines(x, *zip(*(m["interval"] for m in up), strict=True), color="#246")
     axes.plot(x, y, "o", color="#246")
     for row, *point in zip(rows, x, y, strict=True):
-        axes.annotate(f"λ = {row['lambda']:g}", point, (6, -12), textcoords="offset points")
+        axes.annotate(f"λ = {row['lambda']:g}", point, (7, -13), textcoords="offset points")
+    axes.margins(x=0.14)  # room for the labels
     axes.axhline(0, color="#bbb", zorder=0)
     axes.axvline(0, color="#bbb", zorder=0)
     axes.grid(color="#eee", zorder=0)

@@ -112,17 +112,17 @@ def _read_questions(table: Path) -> dict[int, tuple[str, str]]:
         if missing:
             raise ValueError(f"benchmark: {table} has no column {', '.join(sorted(missing))}")
         for row in reader:
-            where = f"benchmark: {table} line {reader.line_num}"
+            place = f"benchmark: {table} line {reader.line_num}"
             try:
                 number = int(row["Question ID"])
             except (TypeError, ValueError):
                 raise ValueError(
-                    f"{where}: Question ID {row['Question ID']!r} is not a number"
+                    f"{place}: Question ID {row['Question ID']!r} is not a number"
                 ) from None
             if number in rows:
-                raise ValueError(f"{where}: id {number} appears twice")
+                raise ValueError(f"{place}: id {number} appears twice")
             if not row["Type"] or not row["Statement"]:
-                raise ValueError(f"{where}: id {number} has no Type or no Statement")
+                raise ValueError(f"{place}: id {number} has no Type or no Statement")
             rows[number] = (row["Type"].strip(), row["Statement"].strip())
     if not rows:
         raise ValueError(f"benchmark: {table} has no rows")
@@ -150,25 +150,25 @@ def read_json(file: Path) -> PairSet:
     items, seen = [], set()
     for number, entry in enumerate(content["items"]):
         name = str(entry.get("id", number))
-        where = f"benchmark: {file}, item {name}"
+        place = f"benchmark: {file}, item {name}"
         if name in seen:
-            raise ValueError(f"{where}: its id appears twice")
+            raise ValueError(f"{place}: its id appears twice")
         seen.add(name)
         images = entry.get("images") or ([entry["image"]] if "image" in entry else [])
         captions = entry.get("captions", [])
         if not isinstance(captions, list) or not all(c and isinstance(c, str) for c in captions):
-            raise ValueError(f"{where}: captions must be a list of texts")
+            raise ValueError(f"{place}: captions must be a list of texts")
         if len(images) == 2 and len(captions) != 2 or len(images) == 1 and len(captions) < 2:
             raise ValueError(
-                f"{where}: {len(images)} image(s) and {len(captions)} caption(s); two images need "
+                f"{place}: {len(images)} image(s) and {len(captions)} caption(s); two images need "
                 "two captions, one image two or more"
             )
         if len(images) not in (1, 2):
-            raise ValueError(f"{where}: one image or two, not {len(images)}")
+            raise ValueError(f"{place}: one image or two, not {len(images)}")
         files = tuple(file.parent / image for image in images)
         missing = next((f for f in files if not f.is_file()), None)
         if missing:
-            raise FileNotFoundError(f"{where}: picture {missing} is missing")
+            raise FileNotFoundError(f"{place}: picture {missing} is missing")
         items.append(Item(str(entry.get("category", "all")), files, tuple(captions), name))
     return PairSet(str(content.get("name", file.stem)), items, template)
 

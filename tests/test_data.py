@@ -199,8 +199,7 @@ def take(n, length, *share, **kwargs):
 def test_global_batch_is_the_same_for_any_split(ranks, micro):
     whole = take(5, 37, 16, 16, seed=3)
     pieces = [
-        take(5 * 16 // (micro * ranks), 37, 16, micro, r, ranks, seed=3)
-        for r in range(ranks)
+        take(5 * 16 // (micro * ranks), 37, 16, micro, r, ranks, seed=3) for r in range(ranks)
     ]
     per_step = 16 // (micro * ranks)
     for step in range(5):

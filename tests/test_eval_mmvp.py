@@ -116,9 +116,7 @@ def rewrite(folder, change):
 
 
 def test_written_benchmark_reads_back_and_scores_the_same(folder):
-    encoder = Encoder(
-        "toy", *load_clip(str(TOY_DIR / "clip.safetensors")), torch.device("cpu")
-    )
+    encoder = Encoder("toy", *load_clip(str(TOY_DIR / "clip.safetensors")), torch.device("cpu"))
     direct, back = benchmark.pairs(False, 2, seed=5), pairsets.read_mmvp(folder)
     assert [(i.category, i.captions, i.name) for i in back] == [
         (i.category, i.captions, i.name) for i in direct

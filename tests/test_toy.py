@@ -130,11 +130,7 @@ def test_benchmark_pairs(mentioned):
 
 
 def test_the_command_writes_pairs_classes_and_a_picture(tmp_path):
-    for what, file in (
-        ("pairs", "Questions.csv"),
-        ("classes", "captions.json"),
-        ("picture", ""),
-    ):
+    for what, file in (("pairs", "Questions.csv"), ("classes", "captions.json"), ("picture", "")):
         command = [sys.executable, "-m", "toy.benchmark", what, str(tmp_path / what)]
         done = subprocess.run(command, cwd=toy.TOY_DIR.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
