@@ -3,18 +3,22 @@
     python export_hf.py --model runs/toy/enhanced --out enhanced-hf     open_clip → transformers
     python export_hf.py --model enhanced-hf --out enhanced-oc           transformers → open_clip
 
-The two libraries hold the same numbers under other names. What differs beyond names:
+Both libraries hold the same numbers, under other names and sometimes in other shapes. So no model
+is run here: tensors are renamed and reshaped by the tables below, and going there and back returns
+every bit. Three differences are more than a name or an axis of length 1:
 
-* open_clip packs q, k and v of an attention into one matrix, transformers keeps three;
-* `visual.proj` and `text_projection` of CLIP multiply from the right (x @ P), an nn.Linear from the
-  left: transposed;
-* SigLIP's image tower is a timm model in open_clip. Its attention pool keeps q apart from k and v,
-  transformers packs all three, just there.
+* open_clip's attention is PyTorch's own, which multiplies by q, k and v at once and keeps them
+  packed in one matrix. transformers has three layers, which can be adapted one by one.
+* CLIP multiplies features by a bare matrix P from the right, x @ P. In transformers it is an
+  nn.Linear, which stores W and computes x @ W.T. So W is P transposed.
+* SigLIP's image tower is a timm model. In its pool one learned query looks at all patches, so q is
+  a matrix of its own beside the packed k and v. transformers packs all three here, and only here.
 
-No model is run: tensors are renamed, reshaped, and checked against the names and shapes that
-open_clip itself would build. Going there and back gives every bit back. The activation is read off
-the model, never guessed: it is the one thing that wrong weights files do not betray.
+Nothing is guessed, for no error would tell. A model with the wrong activation or epsilon loads
+without a word, and its features are merely worse. No shape tells GELU from QuickGELU. Hence
+open_clip builds the model, and what the tensors do not say is read off its modules.
 
+Letters: D width of a tower, E width of the space that images and texts share, N positions.
 This module imports nothing of this project: copy it freely.
 """
 
@@ -23,254 +27,228 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 OURS = "open_clip_config"  # key in config.json under which the way back is kept
 
-
-# ------------------------------------------------------------------------------------------------
-# One rule per tensor, or per group of tensors that is packed on one side
-# ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Rule:
-    """Names in open_clip ↔ names in transformers, and how the tensors of one become the other's."""
-
-    open_clip: tuple[str, ...]
-    transformers: tuple[str, ...]
-    export: Callable[..., tuple[Tensor, ...]]
-    restore: Callable[..., tuple[Tensor, ...]]
-
-
-def same(a: str, b: str) -> Rule:
-    return Rule((a,), (b,), lambda x: (x,), lambda x: (x,))
-
-
-def transposed(a: str, b: str) -> Rule:
-    return Rule((a,), (b,), lambda x: (x.T,), lambda x: (x.T,))
-
-
-def batched(a: str, b: str) -> Rule:
-    """A leading axis of length 1 that only one side has: open_clip's (1, …)."""
-    return Rule((a,), (b,), lambda x: (x[0],), lambda x: (x[None],))
-
-
-def scalar(a: str, b: str) -> Rule:
-    """A scalar that transformers' SigLIP keeps as a vector of one."""
-    return Rule((a,), (b,), lambda x: (x.reshape(1),), lambda x: (x.reshape(()),))
-
-
-def split_qkv(a: str, b: str, kind: str) -> Rule:
-    """Packed (3·D, …) ↔ q, k and v of (D, …) each."""
-    return Rule(
-        (a,),
-        tuple(f"{b}.{part}_proj.{kind}" for part in "qkv"),
-        lambda packed: packed.chunk(3),
-        lambda q, k, v: (torch.cat([q, k, v]),),
-    )
-
-
-def pack_pool(a: str, b: str, kind: str) -> Rule:
-    """timm's pool: q (D, …) and kv (2·D, …) ↔ one packed (3·D, …)."""
-    return Rule(
-        (f"{a}.q.{kind}", f"{a}.kv.{kind}"),
-        (f"{b}.in_proj_{kind}",),
-        lambda q, kv: (torch.cat([q, kv]),),
-        lambda packed: packed.split([len(packed) // 3, 2 * (len(packed) // 3)]),
-    )
-
-
-def both(a: str, b: str) -> list[Rule]:
-    """Weight and bias of one module."""
-    return [same(f"{a}.{kind}", f"{b}.{kind}") for kind in ("weight", "bias")]
-
-
-# What the parts of a residual block are called: two norms, packed qkv, output, two MLP layers.
-OPEN_CLIP_BLOCK = ("ln_1", "ln_2", "attn.in_proj_{}", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
-TIMM_BLOCK = ("norm1", "norm2", "attn.qkv.{}", "attn.proj", "mlp.fc1", "mlp.fc2")
-HF_BLOCK = ("layer_norm1", "layer_norm2", "self_attn", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
-
-
-def blocks(a: str, b: str, count: int, names: tuple[str, ...]) -> list[Rule]:
-    """All residual blocks of a tower: `a`.i on open_clip's side, `b`.i on transformers'."""
-    rules = []
-    for i in range(count):
-        for mine, theirs in zip(names, HF_BLOCK, strict=True):
-            here, there = f"{a}.{i}.{mine}", f"{b}.{i}.{theirs}"
-            if "{}" in mine:
-                rules += [split_qkv(here.format(kind), there, kind) for kind in ("weight", "bias")]
-            else:
-                rules += both(here, there)
-    return rules
+# -- Which tensor becomes which ------------------------------------------------------------------
+# What happens to tensors on their way: open_clip → transformers, and transformers → open_clip.
+CHANGES = {
+    "same": (lambda *x: x, lambda *x: x),
+    "transpose": (lambda x: [x.T], lambda x: [x.T]),  # (D, E) ↔ (E, D)
+    "unbatch": (lambda x: [x[0]], lambda x: [x[None]]),  # (1, N, D) ↔ (N, D)
+    "vector": (lambda x: [x.reshape(1)], lambda x: [x.reshape(())]),  # () ↔ (1,)
+    # (3·D, …) ↔ three of (D, …). A bias is packed as a matrix is, hence the dots.
+    "split": (lambda qkv: qkv.chunk(3), lambda q, k, v: [torch.cat([q, k, v])]),
+    # (D, …) and (2·D, …) ↔ (3·D, …)
+    "pack": (
+        lambda q, kv: [torch.cat([q, kv])],
+        lambda qkv: qkv.split([len(qkv) // 3, 2 * (len(qkv) // 3)]),
+    ),
+}
+# A residual block: the change, then the names in open_clip, in timm and in transformers. A star
+# stands for a rule each for weight and bias; {a,b} for both names in one rule, as in a shell.
+BLOCK = (
+    ("same", "ln_{1,2}.*", "norm{1,2}.*", "layer_norm{1,2}.*"),
+    ("split", "attn.in_proj_*", "attn.qkv.*", "self_attn.{q,k,v}_proj.*"),
+    ("same", "attn.out_proj.*", "attn.proj.*", "self_attn.out_proj.*"),
+    ("same", "mlp.{c_fc,c_proj}.*", "mlp.{fc1,fc2}.*", "mlp.{fc1,fc2}.*"),
+)
+# Outside of the blocks: the change, the name in open_clip, the name in transformers. There,
+# positions are an nn.Embedding, which adds ".weight" to their name.
+CLIP = (
+    ("same", "visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("same", "visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("same", "visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+    ("transpose", "visual.proj", "visual_projection.weight"),
+    ("same", "token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    ("same", "positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("transpose", "text_projection", "text_projection.weight"),
+    ("same", "logit_scale", "logit_scale"),
+    ("same", "visual.ln_pre.*", "vision_model.pre_layrnorm.*"),  # the missing "e" is theirs
+    ("same", "visual.ln_post.*", "vision_model.post_layernorm.*"),
+    ("same", "ln_final.*", "text_model.final_layer_norm.*"),
+)
+SIGLIP = (
+    ("unbatch", "visual.trunk.pos_embed", "vision_model.embeddings.position_embedding.weight"),
+    ("same", "visual.trunk.attn_pool.latent", "vision_model.head.probe"),  # the learned query
+    ("same", "text.token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    ("same", "text.positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("vector", "logit_scale", "logit_scale"),
+    ("vector", "logit_bias", "logit_bias"),
+    ("pack", "visual.trunk.attn_pool.{q,kv}.*", "vision_model.head.attention.in_proj_*"),
+    ("same", "visual.trunk.patch_embed.proj.*", "vision_model.embeddings.patch_embedding.*"),
+    ("same", "visual.trunk.norm.*", "vision_model.post_layernorm.*"),
+    ("same", "visual.trunk.attn_pool.proj.*", "vision_model.head.attention.out_proj.*"),
+    ("same", "visual.trunk.attn_pool.norm.*", "vision_model.head.layernorm.*"),
+    ("same", "visual.trunk.attn_pool.mlp.{fc1,fc2}.*", "vision_model.head.mlp.{fc1,fc2}.*"),
+    ("same", "text.ln_final.*", "text_model.final_layer_norm.*"),
+    ("same", "text.text_projection.*", "text_model.head.*"),
+)
+# By transformers' model_type: the table, and where open_clip keeps the blocks of each tower.
+TOWERS = ("vision_model", "text_model")
+KINDS = {
+    "clip": (CLIP, "visual.transformer.resblocks", "transformer.resblocks"),
+    "siglip": (SIGLIP, "visual.trunk.blocks", "text.transformer.resblocks"),
+}
 
 
-def clip_rules(vision_layers: int, text_layers: int) -> list[Rule]:
-    """OpenAI's and MetaCLIP's models."""
-    tower, text = "vision_model", "text_model"
-    rules = [
-        same("visual.class_embedding", f"{tower}.embeddings.class_embedding"),
-        same("visual.positional_embedding", f"{tower}.embeddings.position_embedding.weight"),
-        same("visual.conv1.weight", f"{tower}.embeddings.patch_embedding.weight"),
-        transposed("visual.proj", "visual_projection.weight"),
-        same("token_embedding.weight", f"{text}.embeddings.token_embedding.weight"),
-        same("positional_embedding", f"{text}.embeddings.position_embedding.weight"),
-        transposed("text_projection", "text_projection.weight"),
-        same("logit_scale", "logit_scale"),
-        *both("visual.ln_pre", f"{tower}.pre_layrnorm"),  # the missing "e" is theirs
-        *both("visual.ln_post", f"{tower}.post_layernorm"),
-        *both("ln_final", f"{text}.final_layer_norm"),
+def kind_of(model: nn.Module) -> str:
+    """A model is of the kind whose blocks it has. Returns: "clip" or "siglip".
+
+    Raises: ValueError for towers that transformers' CLIP and SigLIP cannot express.
+    """
+    modules = dict(model.named_modules())
+    for kind, (_, *towers) in KINDS.items():
+        if all(blocks in modules for blocks in towers):
+            return kind
+    raise ValueError("neither a CLIP with a ViT nor a SigLIP: transformers has no layout for it")
+
+
+def _names(pattern: str) -> list[str]:
+    """a.{q,k}.b → a.q.b and a.k.b."""
+    head, _, rest = pattern.partition("{")
+    options, _, tail = rest.partition("}")
+    return [head + option + tail for option in options.split(",")]
+
+
+def rules_for(model: nn.Module) -> list[tuple[str, list[str], list[str]]]:
+    """The tables, written out for one model.
+
+    Args: model: as open_clip builds it; the meta device will do.
+    Returns: a change, its names in open_clip and its names in transformers, rule by rule.
+    Raises: ValueError as `kind_of`.
+    """
+    rows, *towers = KINDS[kind_of(model)]
+    rows = list(rows)
+    for blocks, tower in zip(towers, TOWERS, strict=True):
+        for i in range(len(model.get_submodule(blocks))):
+            for change, plain, timm, theirs in BLOCK:
+                ours = timm if "trunk" in blocks else plain
+                rows.append(
+                    (change, f"{blocks}.{i}.{ours}", f"{tower}.encoder.layers.{i}.{theirs}")
+                )
+    return [
+        (change, _names(ours.replace("*", part)), _names(theirs.replace("*", part)))
+        for change, ours, theirs in rows
+        for part in (("weight", "bias") if "*" in ours else ("",))
     ]
-    layers, own = "encoder.layers", "transformer.resblocks"
-    rules += blocks(f"visual.{own}", f"{tower}.{layers}", vision_layers, OPEN_CLIP_BLOCK)
-    return rules + blocks(own, f"{text}.{layers}", text_layers, OPEN_CLIP_BLOCK)
 
 
-def siglip_rules(vision_layers: int, text_layers: int) -> list[Rule]:
-    """SigLIP's models: a timm trunk with an attention pool, and a text tower with a head."""
-    trunk, tower, text = "visual.trunk", "vision_model", "text_model"
-    pool, head = f"{trunk}.attn_pool", f"{tower}.head"
-    rules = [
-        batched(f"{trunk}.pos_embed", f"{tower}.embeddings.position_embedding.weight"),
-        same(f"{pool}.latent", f"{head}.probe"),
-        same("text.token_embedding.weight", f"{text}.embeddings.token_embedding.weight"),
-        same("text.positional_embedding", f"{text}.embeddings.position_embedding.weight"),
-        scalar("logit_scale", "logit_scale"),
-        scalar("logit_bias", "logit_bias"),
-        *(pack_pool(pool, f"{head}.attention", kind) for kind in ("weight", "bias")),
-        *both(f"{trunk}.patch_embed.proj", f"{tower}.embeddings.patch_embedding"),
-        *both(f"{trunk}.norm", f"{tower}.post_layernorm"),
-        *both(f"{pool}.proj", f"{head}.attention.out_proj"),
-        *both(f"{pool}.norm", f"{head}.layernorm"),
-        *both(f"{pool}.mlp.fc1", f"{head}.mlp.fc1"),
-        *both(f"{pool}.mlp.fc2", f"{head}.mlp.fc2"),
-        *both("text.ln_final", f"{text}.final_layer_norm"),
-        *both("text.text_projection", f"{text}.head"),
-    ]
-    layers, own = "encoder.layers", "text.transformer.resblocks"
-    rules += blocks(f"{trunk}.blocks", f"{tower}.{layers}", vision_layers, TIMM_BLOCK)
-    return rules + blocks(own, f"{text}.{layers}", text_layers, OPEN_CLIP_BLOCK)
+def convert(state: dict[str, Tensor], rules: list, export: bool) -> dict[str, Tensor]:
+    """All tensors to the other side. Each must be used: one that no rule asks for would be dropped
+    in silence, and the copy would be another model.
 
-
-def convert(state: dict[str, Tensor], rules: list[Rule], export: bool) -> dict[str, Tensor]:
-    """All tensors to the other side. Raises: ValueError naming one that is missing or left over."""
+    Args: state: tensors by name; rules: those of `rules_for`; export: open_clip → transformers?
+    Returns: tensors by their new names, contiguous: safetensors stores no transposed views.
+    Raises: ValueError naming a tensor that is missing or left over.
+    """
     state, result = dict(state), {}
-    for rule in rules:
-        here, there = rule.open_clip, rule.transformers
-        if not export:
-            here, there = there, here
+    for change, ours, theirs in rules:
+        here, there = (ours, theirs) if export else (theirs, ours)
         missing = next((name for name in here if name not in state), None)
         if missing:
             raise ValueError(f"tensor {missing} is missing; is this a whole CLIP or SigLIP?")
-        parts = (rule.export if export else rule.restore)(*(state.pop(name) for name in here))
+        parts = CHANGES[change][0 if export else 1](*(state.pop(name) for name in here))
         result |= {n: part.contiguous() for n, part in zip(there, parts, strict=True)}
     if state:
         raise ValueError(f"{len(state)} tensors have no place there, e.g. {min(state)}")
     return result
 
 
-# ------------------------------------------------------------------------------------------------
-# Configurations
-# ------------------------------------------------------------------------------------------------
-def build_empty(model_cfg: dict) -> torch.nn.Module:
-    """The model that open_clip would build, without memory: for its names, shapes, activations."""
-    build = open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP
-    with torch.device("meta"):
-        return build(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
+# -- Configurations ------------------------------------------------------------------------------
+def build_empty(about: dict, folder: Path) -> nn.Module:
+    """The model that open_clip would build, on the meta device: all modules, but no memory.
 
-
-def rules_for(model: torch.nn.Module) -> list[Rule]:
-    """Raises: ValueError for towers that transformers' CLIP and SigLIP cannot express."""
-    if hasattr(model.visual, "trunk") and hasattr(model, "text"):
-        return siglip_rules(len(model.visual.trunk.blocks), len(model.text.transformer.resblocks))
-    if hasattr(model.visual, "transformer") and hasattr(model, "transformer"):
-        return clip_rules(len(model.visual.transformer.resblocks), len(model.transformer.resblocks))
-    raise ValueError("neither a CLIP with a ViT nor a SigLIP: transformers has no layout for it")
-
-
-def activation_name(module: torch.nn.Module) -> str:
-    """transformers' name of an activation. Raises: ValueError for others than GELUs."""
-    if type(module).__name__ == "QuickGELU":
-        return "quick_gelu"
-    if isinstance(module, torch.nn.GELU):
-        return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
-    raise ValueError(f"activation {type(module).__name__} has no name in transformers")
-
-
-def tower_config(
-    state: dict, prefix: str, heads: int, activation: torch.nn.Module, epsilon: float
-) -> dict:
-    """What transformers wants to know about one tower, read off its exported tensors."""
-    layers = {name.split(".")[3] for name in state if name.startswith(f"{prefix}.encoder.layers.")}
-    hidden, width = state[f"{prefix}.encoder.layers.0.mlp.fc1.weight"].shape
-    return {
-        "hidden_size": width,
-        "intermediate_size": hidden,
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": heads,
-        "hidden_act": activation_name(activation),
-        "layer_norm_eps": epsilon,
-    }
-
-
-def transformers_config(model: torch.nn.Module, about: dict, state: dict[str, Tensor]) -> dict:
-    """config.json for exported tensors `state`; `about` is the open_clip config, kept inside.
-
-    Sizes are read off the tensors, activations and epsilons off the modules. Nothing is left to
-    transformers' defaults, which are those of other models.
+    Args: about: the open_clip config; folder: where it comes from, for the error.
+    Raises: ValueError if half of the config is missing.
     """
-    siglip = hasattr(model.visual, "trunk")
-    kind, text = ("siglip", model.text) if siglip else ("clip", model)
-    first = text.transformer.resblocks[0]
-    words = tower_config(
-        state, "text_model", first.attn.num_heads, first.mlp.gelu, text.ln_final.eps
-    )
-    words["vocab_size"] = len(state["text_model.embeddings.token_embedding.weight"])
-    words["max_position_embeddings"] = len(state["text_model.embeddings.position_embedding.weight"])
-    if siglip:
-        first, norm = model.visual.trunk.blocks[0], model.visual.trunk.norm
-        activation, both_towers = first.mlp.act, {}
-        words |= {"projection_size": len(state["text_model.head.weight"]), "pad_token_id": 1}
-        words |= {"bos_token_id": None, "eos_token_id": None}
-    else:
-        first, norm = model.visual.transformer.resblocks[0], model.visual.ln_post
-        activation = first.mlp.gelu
-        both_towers = {"projection_dim": len(state["visual_projection.weight"])}
-        # CLIP pools the text at its end token, which has the highest id (open_clip: argmax).
-        end = words["vocab_size"] - 1
-        words |= {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
-    images = tower_config(state, "vision_model", first.attn.num_heads, activation, norm.eps)
+    if "vision_cfg" not in about.get("model_cfg", {}) or "preprocess_cfg" not in about:
+        raise ValueError(f"{folder}: the open_clip config has no model_cfg and preprocess_cfg")
+    settings = dict(about["model_cfg"])
+    # The one key that is no argument: it says that the text tower is a module of its own.
+    build = open_clip.CustomTextCLIP if settings.pop("custom_text", False) else open_clip.CLIP
+    with torch.device("meta"):
+        return build(**settings)
+
+
+def activation_name(blocks: nn.Module) -> str:
+    """transformers' name of the activation in the MLPs of a tower's blocks.
+
+    The module is asked, for open_clip decides in several places: a switch for the whole model,
+    arguments for one tower, or timm's own list. Raises: ValueError for others than GELUs.
+    """
+    _, activation, *_ = blocks[0].mlp.children()  # it follows the first layer in both libraries
+    if type(activation).__name__ == "QuickGELU":  # x · sigmoid(1.702 x), in OpenAI's own weights
+        return "quick_gelu"
+    if isinstance(activation, nn.GELU):
+        return "gelu" if activation.approximate == "none" else "gelu_pytorch_tanh"
+    raise ValueError(f"activation {type(activation).__name__} has no name in transformers")
+
+
+def transformers_config(model: nn.Module, about: dict, state: dict[str, Tensor]) -> dict:
+    """config.json. Nothing is left to transformers' defaults, which are those of other models.
+
+    Args: model: as open_clip builds it; about: its open_clip config; state: the exported tensors.
+    Raises: ValueError as `kind_of` and `activation_name`.
+    """
+    kind, towers = kind_of(model), []
+    for tower, name in zip(TOWERS, KINDS[kind][1:], strict=True):
+        blocks = model.get_submodule(name)
+        hidden, width = state[f"{tower}.encoder.layers.0.mlp.fc1.weight"].shape
+        config = {
+            "model_type": f"{kind}_{tower}",
+            "hidden_size": width,  # D
+            "intermediate_size": hidden,
+            "num_hidden_layers": len(blocks),
+            "num_attention_heads": blocks[0].attn.num_heads,  # no shape tells: q, k, v are (D, D)
+            "hidden_act": activation_name(blocks),
+            # added to a variance: 1e-5 in CLIP, 1e-6 in SigLIP
+            "layer_norm_eps": next(m.eps for m in blocks.modules() if isinstance(m, nn.LayerNorm)),
+        }
+        towers.append(config)
+    images, words = towers
     images["image_size"] = about["model_cfg"]["vision_cfg"]["image_size"]
     images["patch_size"] = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-    return {
-        "model_type": kind,
-        "architectures": ["SiglipModel" if siglip else "CLIPModel"],
-        "torch_dtype": "float32",
-        **both_towers,
-        "text_config": {"model_type": f"{kind}_text_model", **words, **both_towers},
-        "vision_config": {"model_type": f"{kind}_vision_model", **images, **both_towers},
-        OURS: about,
-    }
+    vocabulary = len(state["text_model.embeddings.token_embedding.weight"])
+    words["vocab_size"] = vocabulary
+    words["max_position_embeddings"] = len(state["text_model.embeddings.position_embedding.weight"])
+    whole = {"model_type": kind, "torch_dtype": "float32", OURS: about}
+    if kind == "siglip":
+        # Text is pooled at the last position, whatever stands there. There are no start and end
+        # tokens, and the default numbers of theirs lie outside of the vocabulary.
+        words |= {"projection_size": len(state["text_model.head.weight"]), "pad_token_id": 1}
+        words |= {"bos_token_id": None, "eos_token_id": None}
+        whole["architectures"] = ["SiglipModel"]
+    else:
+        # Text is pooled at its end token: for open_clip the highest id in a sentence, for
+        # transformers the first id that equals eos_token_id.
+        end = vocabulary - 1
+        words |= {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
+        # E, three times: a tower that is loaded alone (LLaVA) reads its own part only.
+        for part in (whole, words, images):
+            part["projection_dim"] = len(state["visual_projection.weight"])
+        whole["architectures"] = ["CLIPModel"]
+    return {**whole, "text_config": words, "vision_config": images}
 
 
 def open_clip_config(config: dict, folder: Path) -> dict:
     """The open_clip config of a transformers folder: ours if it came from here, else derived.
 
-    CLIP is described in full by its config.json. SigLIP's trunk needs a timm name, so it must be
-    one of the sizes that open_clip knows.
-
-    Raises: ValueError for another kind of model, or a SigLIP of unknown size.
+    Args: config: its config.json; folder: where preprocessor_config.json may be.
+    Raises: ValueError for another kind of model, an activation that open_clip has no switch for,
+        or a SigLIP of unknown size.
     """
     if OURS in config:
         return config[OURS]
     kind = config.get("model_type")
-    if kind not in ("clip", "siglip"):
+    if kind not in KINDS:
         raise ValueError(f"{folder}: model_type {kind!r}; expected 'clip' or 'siglip'")
     if kind == "clip":
         model_cfg = _clip_architecture(config, folder)
@@ -279,26 +257,28 @@ def open_clip_config(config: dict, folder: Path) -> dict:
         model_cfg = _siglip_architecture(config, folder)
         mean, std, mode = (0.5,) * 3, (0.5,) * 3, "squash"
     if (file := folder / "preprocessor_config.json").is_file():
-        processor = _read_json(file)
+        processor = _read(file)
         mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
     preprocess = {"mean": list(mean), "std": list(std), "resize_mode": mode}
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
 
 
 def _clip_architecture(config: dict, folder: Path) -> dict:
-    """config.json may leave out what equals transformers' defaults: those of ViT-B/32."""
+    """config.json describes a CLIP in full. What it leaves out equals transformers' defaults, the
+    sizes of ViT-B/32: they are the second argument of each `get`."""
     vision, text = config["vision_config"], config["text_config"]
     activation = vision.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         raise ValueError(f"{folder}: hidden_act {activation!r} has no switch in open_clip")
     width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
     return {
-        "embed_dim": config.get("projection_dim", 512),
-        "quick_gelu": activation == "quick_gelu",
+        "embed_dim": config.get("projection_dim", 512),  # E
+        "quick_gelu": activation == "quick_gelu",  # one switch for both towers
         "vision_cfg": {
             "image_size": vision.get("image_size", 224),
             "layers": vision.get("num_hidden_layers", 12),
             "width": width,
+            # open_clip wants the width of a head for images, but the number of heads for text
             "head_width": width // vision.get("num_attention_heads", 12),
             "patch_size": vision.get("patch_size", 32),
             "mlp_ratio": vision.get("intermediate_size", 3072) / width,
@@ -315,7 +295,8 @@ def _clip_architecture(config: dict, folder: Path) -> dict:
 
 
 def _siglip_architecture(config: dict, folder: Path) -> dict:
-    """The SigLIP of open_clip that has these sizes."""
+    """A SigLIP also needs the timm name of its image tower, which no config.json tells. So it must
+    have the sizes of a model that open_clip knows by name; the first one is taken."""
     vision, text = config["vision_config"], config["text_config"]
     width, size = vision.get("hidden_size", 768), vision.get("image_size", 224)
     length, vocabulary = text.get("max_position_embeddings", 64), text.get("vocab_size", 32000)
@@ -323,9 +304,9 @@ def _siglip_architecture(config: dict, folder: Path) -> dict:
     for name in open_clip.list_models():
         known = open_clip.get_model_config(name)
         trunk, words = known["vision_cfg"], known["text_cfg"]
-        has = known["embed_dim"], trunk.get("image_size"), words.get("context_length")
-        wanted = width, size, length, vocabulary
-        if (*has, words.get("vocab_size")) == wanted and family in str(trunk):
+        images = known["embed_dim"], trunk.get("image_size")  # E equals D in SigLIP
+        tokens = words.get("context_length"), words.get("vocab_size")
+        if (images, tokens) == ((width, size), (length, vocabulary)) and family in str(trunk):
             return known
     raise ValueError(
         f"{folder}: no SigLIP in open_clip has width {width}, {size} px and {length} text tokens"
@@ -333,172 +314,170 @@ def _siglip_architecture(config: dict, folder: Path) -> dict:
 
 
 def preprocessor_config(about: dict) -> dict:
-    """preprocessor_config.json: CLIP resizes the shorter side and crops, SigLIP squashes."""
+    """preprocessor_config.json: how a picture becomes the tensor that the weights were trained on.
+    CLIP resizes the shorter side and crops the middle, SigLIP squashes to a square.
+
+    Args: about: the open_clip config.
+    """
     side = about["model_cfg"]["vision_cfg"]["image_size"]
     preprocess = about["preprocess_cfg"]
-    squash = preprocess.get("resize_mode") == "squash"
     square = {"height": side, "width": side}
-    crop = {} if squash else {"do_center_crop": True, "crop_size": square, "do_convert_rgb": True}
+    if preprocess.get("resize_mode") == "squash":
+        own = {"image_processor_type": "SiglipImageProcessor", "size": square}
+    else:
+        own = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}}
+        own |= {"do_center_crop": True, "crop_size": square, "do_convert_rgb": True}
     return {
-        "image_processor_type": "SiglipImageProcessor" if squash else "CLIPImageProcessor",
+        **own,
         "do_resize": True,
-        "size": square if squash else {"shortest_edge": side},
         "resample": 3,  # bicubic
-        **crop,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / 255,  # bytes → 0 … 1
         "do_normalize": True,
         "image_mean": list(preprocess["mean"]),
         "image_std": list(preprocess["std"]),
     }
 
 
-def write_tokenizer(folder: Path, about: dict) -> str:
-    """CLIP's tokenizer files from the merges that open_clip ships. Returns: what was done."""
+def tokenizer_files(about: dict) -> tuple[dict[str, str | dict], str]:
+    """CLIP's tokenizer, from the merges that open_clip ships. Other models get none: with a wrong
+    tokenizer every sentence means something else, and no error tells.
+
+    Args: about: the open_clip config.
+    Returns: file name → content, and a line that says what they are or why there are none.
+    """
     text = about["model_cfg"]["text_cfg"]
-    if text.get("hf_tokenizer_name"):
-        name = text["hf_tokenizer_name"]
-        return f"not written: SigLIP's is a sentencepiece model; take it from {name}"
+    if name := text.get("hf_tokenizer_name"):
+        return {}, f"not written: SigLIP's is a sentencepiece model; take it from {name}"
     if text["vocab_size"] != 49408:
-        return f"not written: CLIP's has 49408 tokens, this model {text['vocab_size']}"
+        return {}, f"not written: CLIP's has 49408 tokens, this model {text['vocab_size']}"
     tokenizer = open_clip.SimpleTokenizer()
-    start, end = "<|startoftext|>", "<|endoftext|>"
+    start, end = "<|startoftext|>", "<|endoftext|>"  # OpenAI's spelling of the last two tokens
     rename = {"<start_of_text>": start, "<end_of_text>": end}
     vocabulary = {rename.get(word, word): i for word, i in tokenizer.encoder.items()}
-    _write(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
-    merges = [" ".join(pair) for pair in tokenizer.bpe_ranks]  # in the order of their rank
-    _write(folder / "merges.txt", "#version: 0.2\n" + "\n".join(merges) + "\n")
+    merges = ["#version: 0.2", *map(" ".join, tokenizer.bpe_ranks)]  # in the order of their rank
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    _write(folder / "special_tokens_map.json", json.dumps(special, indent=1))
-    length = text["context_length"]
-    details = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special}
-    _write(folder / "tokenizer_config.json", json.dumps(details, indent=1))
-    return "vocab.json, merges.txt"
+    details = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text["context_length"]}
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(merges) + "\n",
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": {**details, **special},
+    }, "vocab.json, merges.txt"
 
 
-# ------------------------------------------------------------------------------------------------
-# Folders
-# ------------------------------------------------------------------------------------------------
+# -- Folders -------------------------------------------------------------------------------------
 def export(source: Path, target: Path) -> list[str]:
-    """open_clip folder → transformers folder. Returns: lines that say what was written."""
-    about = _read_json(source / "open_clip_config.json")
-    state = _read_tensors(source / "open_clip_model.safetensors")
-    model = _checked(about, state, source)
-    tensors = convert(state, rules_for(model), export=True)
+    """open_clip folder → transformers folder. All is checked before the first file is written.
+
+    Returns: lines that say what was written.
+    Raises: ValueError or OSError naming the file or the folder at fault.
+    """
+    about = _read(source / "open_clip_config.json")
+    state = _read(source / "open_clip_model.safetensors")
+    model = build_empty(about, source)
+    _fill(model, state, source)
+    tensors = convert(model.state_dict(), rules_for(model), export=True)
     config = transformers_config(model, about, tensors)
-    target.mkdir(parents=True, exist_ok=True)
-    # transformers refuses a file that does not say which framework wrote it.
-    _save(tensors, target / "model.safetensors", {"format": "pt"})
-    _write(target / "config.json", json.dumps(config, indent=1))
-    _write(target / "preprocessor_config.json", json.dumps(preprocessor_config(about), indent=1))
-    lines = [
-        f"{target / 'model.safetensors'}: {len(tensors)} tensors, {config['architectures'][0]}",
-        f"tokenizer: {write_tokenizer(target, about)}",
-    ]
-    if (source / "README.md").is_file():  # the model card goes along
-        shutil.copy(source / "README.md", target / "README.md")
-    return lines
+    tokenizer, line = tokenizer_files(about)
+    files = {"model.safetensors": tensors, "config.json": config, **tokenizer}
+    _write(source, target, {**files, "preprocessor_config.json": preprocessor_config(about)})
+    kind = config["architectures"][0]
+    weights = f"{target / 'model.safetensors'}: {len(tensors)} tensors, {kind}"
+    return [weights, f"tokenizer: {line}"]
 
 
 def restore(source: Path, target: Path) -> list[str]:
-    """transformers folder → open_clip folder. Returns: lines that say what was written."""
+    """transformers folder → open_clip folder. Returns and raises as `export`."""
     about, state, notes = read_transformers(source)
-    target.mkdir(parents=True, exist_ok=True)
-    _save(state, target / "open_clip_model.safetensors", {"format": "pt"})
-    _write(target / "open_clip_config.json", json.dumps(about, indent=1))
-    if (source / "README.md").is_file():
-        shutil.copy(source / "README.md", target / "README.md")
+    _write(source, target, {"open_clip_model.safetensors": state, "open_clip_config.json": about})
     return [*notes, f"{target / 'open_clip_model.safetensors'}: {len(state)} tensors"]
 
 
 def read_transformers(source: Path) -> tuple[dict, dict[str, Tensor], list[str]]:
-    """A transformers folder as open_clip has it: its config, its tensors, and what to know."""
-    config = _read_json(source / "config.json")
+    """A transformers folder as open_clip has it.
+
+    Returns: the open_clip config, the tensors, and lines that the user should read.
+    Raises: ValueError or OSError naming the file or the folder at fault.
+    """
+    config = _read(source / "config.json")
     if "vision_config" not in config:
         raise ValueError(f"{source}: config.json has no vision_config: not a whole CLIP or SigLIP")
     about = open_clip_config(config, source)
-    model = build_empty(about["model_cfg"])
-    tensors = {
-        # An older transformers also saved these counters; they are 0, 1, 2, …
-        name: tensor
-        for name, tensor in _read_shards(source).items()
-        if not name.endswith(".position_ids")
-    }
-    state = convert(tensors, rules_for(model), export=False)
-    _checked(about, state, source)
+    model = build_empty(about, source)
+    # Older versions of transformers also saved these counters: 0, 1, 2, …
+    found = {k: v for k, v in _read_weights(source).items() if not k.endswith(".position_ids")}
+    _fill(model, convert(found, rules_for(model), export=False), source)
+    # A SigLIP of open_clip's list brings an activation of its own.
     wanted = config["vision_config"].get("hidden_act")
-    trunk = getattr(model.visual, "trunk", None)
-    if trunk is not None and wanted and wanted != activation_name(trunk.blocks[0].mlp.act):
-        own = activation_name(trunk.blocks[0].mlp.act)
+    own = activation_name(model.get_submodule(KINDS[kind_of(model)][1]))
+    notes = []
+    if wanted and wanted != own:
         note = f"note: {source} was made with {wanted}, open_clip's tower uses {own}: features "
-        return about, state, [note + "differ a little"]
-    return about, state, []
+        notes = [note + "differ a little"]
+    return about, model.state_dict(), notes
 
 
-def _checked(about: dict, state: dict[str, Tensor], source: Path) -> torch.nn.Module:
-    """The empty model, once `state` has exactly its names and shapes."""
-    if "vision_cfg" not in about.get("model_cfg", {}) or "preprocess_cfg" not in about:
-        raise ValueError(f"{source}: the open_clip config has no model_cfg and preprocess_cfg")
-    model = build_empty(about["model_cfg"])
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if expected != found:
-        first = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
-        raise ValueError(
-            f"{source}: weights and configuration do not fit; first mismatch {first}: expected "
-            f"{expected.get(first, 'nothing')}, found {found.get(first, 'nothing')}"
-        )
-    return model
-
-
-def _read_json(file: Path) -> dict:
+def _fill(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """The tensors become the model's own, and the model is the check of names and shapes."""
     try:
-        return json.loads(file.read_text())
+        model.load_state_dict(state, strict=True, assign=True)  # assign: meta cannot be copied to
+    except RuntimeError as error:  # its first line names a class, the others what is wrong
+        what = " ".join(str(error).partition("\n")[2].split())[:300]
+        raise ValueError(f"{source}: the weights do not fit the configuration: {what} …") from None
+
+
+def _read(file: Path) -> dict:
+    """A JSON or safetensors file. Raises: ValueError naming a file that is neither."""
+    try:
+        return json.loads(file.read_text()) if file.suffix == ".json" else load_file(file)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON ({error})") from None
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error})") from None
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
-    """model.safetensors, or the pieces that model.safetensors.index.json names, or a torch file,
-    of which only tensors are let in."""
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a transformers folder: one file, pieces that an index names, or a pickle."""
     index, pickled = folder / "model.safetensors.index.json", folder / "pytorch_model.bin"
+    pieces = ["model.safetensors"]
     if index.is_file():
-        pieces = sorted(set(_read_json(index)["weight_map"].values()))
-        tensors = {}
-        for piece in pieces:
-            tensors |= _read_tensors(folder / Path(piece).name)
-        return tensors
-    if not (folder / "model.safetensors").is_file() and pickled.is_file():
-        try:
+        pieces = sorted(set(_read(index)["weight_map"].values()))
+    elif pickled.is_file() and not (folder / pieces[0]).is_file():
+        try:  # a pickle may run any program; `weights_only` lets in nothing but tensors
             return torch.load(pickled, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds; none may end in unpickling
+        except Exception as error:  # torch raises many kinds
             raise ValueError(
                 f"{pickled} cannot be read as tensors alone ({type(error).__name__})"
             ) from None
-    return _read_tensors(folder / "model.safetensors")
+    tensors = {}
+    for piece in pieces:
+        tensors |= _read(folder / Path(piece).name)  # an index may not point to other folders
+    return tensors
 
 
-def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Under a temporary name, then renamed: never half a file."""
-    temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, file)
+def _write(source: Path, target: Path, files: dict[str, str | dict]) -> None:
+    """Files by name, and the model card of `source`, if it has one.
 
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    Each is written under a temporary name and then renamed, which happens at once or not at all.
+    A run that is cut off thus leaves no half of a file that looks like a whole one.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        temporary = target / f"{name}.tmp{os.getpid()}"
+        if name.endswith(".safetensors"):
+            # transformers refuses tensors that do not say which framework wrote them
+            save_file(content, temporary, {"format": "pt"})
+        else:
+            text = content if isinstance(content, str) else json.dumps(content, indent=1)
+            temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target / name)
+    if (source / "README.md").is_file():
+        shutil.copy(source / "README.md", target / "README.md")
 
 
 def main() -> None:
+    """The command. Exit code 2 and one line for what the user can mend; a traceback is a bug."""
     summary, example = __doc__.split("\n\n")[:2]
     parser = argparse.ArgumentParser(
         description=summary, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -506,21 +485,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder to read")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
+    ways = {"open_clip_config.json": export, "config.json": restore}
     try:
         if not args.model.is_dir():
             raise FileNotFoundError(f"no folder {args.model}")
         if args.out.resolve() == args.model.resolve():
             raise ValueError(f"--out {args.out} is --model: give another folder")
-        ours, theirs = (
-            (args.model / n).is_file() for n in ("open_clip_config.json", "config.json")
-        )
-        if not ours and not theirs:
+        found = [way for name, way in ways.items() if (args.model / name).is_file()]
+        if not found:
             raise FileNotFoundError(
-                f"{args.model} is no model folder: neither open_clip_config.json nor config.json"
+                f"{args.model} is no model folder: neither {' nor '.join(ways)}"
             )
-        for line in (export if ours else restore)(args.model, args.out):
-            print(line)
+        print(*found[0](args.model, args.out), sep="\n")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        # a KeyError says the key and nothing else
         what = f"{args.model}: {error} is missing" if isinstance(error, KeyError) else error
         print(f"export_hf.py: {what}", file=sys.stderr)
         sys.exit(2)

@@ -11,6 +11,8 @@ import json
 import numpy as np
 from report import HERE, parser, publish, spread, table
 
+from util.cli import run_command
+
 ARMS = {  # name of the benchmark: what it is
     "toy_seeds": "flow: two stages, λ = 0.02 (preset `toy`)",
     "lambda0": "flow: two stages, λ = 0 (the paper)",
@@ -42,4 +44,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parser(__doc__).parse_args())
+    arguments = parser(__doc__).parse_args()
+    run_command(lambda: main(arguments))

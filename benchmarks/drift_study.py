@@ -126,7 +126,8 @@ def curve(rows: list[dict], file: Path) -> None:
     axes.margins(x=0.14)  # room for the labels
     axes.axhline(0, color="#bbb", zorder=0)
     axes.axvline(0, color="#bbb", zorder=0)
-    axes.grid(color="#eee", zorder=0)
+    axes.grid(color="#eee")
+    axes.set_axisbelow(True)
     axes.set_xlabel("change of subject zero-shot, points (right: nothing lost)")
     axes.set_ylabel("change on unmentioned pairs, points")
     content = io.BytesIO()

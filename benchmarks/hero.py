@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import ROOT  # first: it lets the project's modules be found
+from report import ROOT, parser
 
 from evaluation.encoder import Encoder
 from evaluation.pairsets import Item
@@ -77,13 +77,7 @@ def words(item: Item, similarities: list[np.ndarray], own: int) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", default="runs/demo", help="a finished run of the flow denoiser")
-    parser.add_argument("--patterns", default="Spatial,Presence", help="one pair of each")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     model, encoders = load_both(ROOT / args.run)
     items = benchmark.pairs(mentioned=False)
     found = []
@@ -109,4 +103,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    flags = parser(__doc__)
+    flags.add_argument("--run", default="runs/demo", help="a finished run of the flow denoiser")
+    flags.add_argument("--patterns", default="Spatial,Presence", help="one pair of each")
+    arguments = flags.parse_args()
+    run_command(lambda: main(arguments))

@@ -11,6 +11,7 @@ import re
 
 from report import HERE, ROOT, parser
 
+from util.cli import run_command
 from util.files import write_atomically
 
 BLOCK = re.compile(r"(<!-- benchmarks/(\w+)\.md -->\n).*?(<!-- end -->)", re.S)
@@ -34,4 +35,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parser(__doc__).parse_args())
+    arguments = parser(__doc__).parse_args()
+    run_command(lambda: main(arguments))

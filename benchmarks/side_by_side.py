@@ -44,7 +44,7 @@ def main() -> None:
     names = args.continuous, args.discrete
     results = [read(name) for name in names]
     seeds = [", ".join(map(str, result["seeds"])) for result in results]
-    sources = [f"[{name}](benchmarks/{name}.md)" for name in names]
+    sources = [f"[{name}](../benchmarks/{name}.md)" for name in names]
     first = (
         f"Percent right; mean ± standard deviation over seeds {seeds[0]} (continuous) and "
         f"{seeds[1]} (discrete). From {sources[0]} and {sources[1]}."

@@ -157,10 +157,9 @@ def parameter_groups(model: GenHancer, settings: Settings, stage: int) -> list[d
     End to end, the fresh denoiser and projectors need the learning rate that stage 1 would have
     given them; the tower keeps stage 2's.
     """
-    learning = [
-        (n.startswith("visual."), p) for n, p in model.named_parameters() if p.requires_grad
-    ]
-    tower, rest = ([p for inside, p in learning if inside is side] for side in (True, False))
+    learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    tower = [p for n, p in learning.items() if n.startswith("visual.")]
+    rest = [p for n, p in learning.items() if not n.startswith("visual.")]
     peak = settings.stage1_lr if stage == 1 or settings.end_to_end else settings.stage2_lr
     groups = [{"params": tower, "peak": settings.stage2_lr}, {"params": rest, "peak": peak}]
     return [group for group in groups if group["params"]]
