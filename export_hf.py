@@ -7,8 +7,8 @@ Both libraries hold the same numbers, under other names and sometimes in other s
 is run here: tensors are renamed and reshaped by the tables below, and going there and back returns
 every bit. Three differences are more than a name or an axis of length 1:
 
-* open_clip's attention is PyTorch's own, which multiplies by q, k and v at once and keeps them
-  packed in one matrix. transformers has three layers, which can be adapted one by one.
+* open_clip's attention is PyTorch's own, which makes q, k and v in one product: their matrices are
+  packed into one. transformers has three layers, which can be adapted one by one.
 * CLIP multiplies features by a bare matrix P from the right, x @ P. In transformers it is an
   nn.Linear, which stores W and computes x @ W.T. So W is P transposed.
 * SigLIP's image tower is a timm model. In its pool one learned query looks at all patches, so q is
@@ -47,13 +47,10 @@ CHANGES = {
     # (3·D, …) ↔ three of (D, …). A bias is packed as a matrix is, hence the dots.
     "split": (lambda qkv: qkv.chunk(3), lambda q, k, v: [torch.cat([q, k, v])]),
     # (D, …) and (2·D, …) ↔ (3·D, …)
-    "pack": (
-        lambda q, kv: [torch.cat([q, kv])],
-        lambda qkv: qkv.split([len(qkv) // 3, 2 * (len(qkv) // 3)]),
-    ),
+    "pack": (lambda q, kv: [torch.cat([q, kv])], lambda qkv: qkv.tensor_split([len(qkv) // 3])),
 }
 # A residual block: the change, then the names in open_clip, in timm and in transformers. A star
-# stands for a rule each for weight and bias; {a,b} for both names in one rule, as in a shell.
+# stands for a rule each for weight and bias, {a,b} for several names in one rule, as in a shell.
 BLOCK = (
     ("same", "ln_{1,2}.*", "norm{1,2}.*", "layer_norm{1,2}.*"),
     ("split", "attn.in_proj_*", "attn.qkv.*", "self_attn.{q,k,v}_proj.*"),
@@ -101,12 +98,9 @@ KINDS = {
 
 def kind_of(model: nn.Module) -> str:
     """A model is of the kind whose blocks it has. Returns: "clip" or "siglip".
-
-    Raises: ValueError for towers that transformers' CLIP and SigLIP cannot express.
-    """
-    modules = dict(model.named_modules())
+    Raises: ValueError for towers that transformers' CLIP and SigLIP cannot express."""
     for kind, (_, *towers) in KINDS.items():
-        if all(blocks in modules for blocks in towers):
+        if {*towers} <= dict(model.named_modules()).keys():
             return kind
     raise ValueError("neither a CLIP with a ViT nor a SigLIP: transformers has no layout for it")
 
@@ -120,7 +114,6 @@ def _names(pattern: str) -> list[str]:
 
 def rules_for(model: nn.Module) -> list[tuple[str, list[str], list[str]]]:
     """The tables, written out for one model.
-
     Args: model: as open_clip builds it; the meta device will do.
     Returns: a change, its names in open_clip and its names in transformers, rule by rule.
     Raises: ValueError as `kind_of`.
@@ -129,11 +122,10 @@ def rules_for(model: nn.Module) -> list[tuple[str, list[str], list[str]]]:
     rows = list(rows)
     for blocks, tower in zip(towers, TOWERS, strict=True):
         for i in range(len(model.get_submodule(blocks))):
+            here, there = f"{blocks}.{i}", f"{tower}.encoder.layers.{i}"
             for change, plain, timm, theirs in BLOCK:
-                ours = timm if "trunk" in blocks else plain
-                rows.append(
-                    (change, f"{blocks}.{i}.{ours}", f"{tower}.encoder.layers.{i}.{theirs}")
-                )
+                ours = timm if "trunk" in blocks else plain  # open_clip's word for a timm model
+                rows.append((change, f"{here}.{ours}", f"{there}.{theirs}"))
     return [
         (change, _names(ours.replace("*", part)), _names(theirs.replace("*", part)))
         for change, ours, theirs in rows
@@ -144,7 +136,6 @@ def rules_for(model: nn.Module) -> list[tuple[str, list[str], list[str]]]:
 def convert(state: dict[str, Tensor], rules: list, export: bool) -> dict[str, Tensor]:
     """All tensors to the other side. Each must be used: one that no rule asks for would be dropped
     in silence, and the copy would be another model.
-
     Args: state: tensors by name; rules: those of `rules_for`; export: open_clip → transformers?
     Returns: tensors by their new names, contiguous: safetensors stores no transposed views.
     Raises: ValueError naming a tensor that is missing or left over.
@@ -165,7 +156,6 @@ def convert(state: dict[str, Tensor], rules: list, export: bool) -> dict[str, Te
 # -- Configurations ------------------------------------------------------------------------------
 def build_empty(about: dict, folder: Path) -> nn.Module:
     """The model that open_clip would build, on the meta device: all modules, but no memory.
-
     Args: about: the open_clip config; folder: where it comes from, for the error.
     Raises: ValueError if half of the config is missing.
     """
@@ -179,10 +169,10 @@ def build_empty(about: dict, folder: Path) -> nn.Module:
 
 
 def activation_name(blocks: nn.Module) -> str:
-    """transformers' name of the activation in the MLPs of a tower's blocks.
-
-    The module is asked, for open_clip decides in several places: a switch for the whole model,
-    arguments for one tower, or timm's own list. Raises: ValueError for others than GELUs.
+    """transformers' name of the activation in the MLPs of a tower's blocks. The module is asked,
+    for open_clip decides in several places: a switch for the whole model, arguments for one tower,
+    or timm's own list.
+    Raises: ValueError for others than GELUs.
     """
     _, activation, *_ = blocks[0].mlp.children()  # it follows the first layer in both libraries
     if type(activation).__name__ == "QuickGELU":  # x · sigmoid(1.702 x), in OpenAI's own weights
@@ -194,53 +184,49 @@ def activation_name(blocks: nn.Module) -> str:
 
 def transformers_config(model: nn.Module, about: dict, state: dict[str, Tensor]) -> dict:
     """config.json. Nothing is left to transformers' defaults, which are those of other models.
-
     Args: model: as open_clip builds it; about: its open_clip config; state: the exported tensors.
+    Returns: the file as a dict, with `about` inside, so that the way back need not be derived.
     Raises: ValueError as `kind_of` and `activation_name`.
     """
-    kind, towers = kind_of(model), []
+    kind = kind_of(model)
+    # model_type picks the class that reads this file, architectures the one that loads weights.
+    whole = {"model_type": kind, "torch_dtype": "float32", OURS: about}
     for tower, name in zip(TOWERS, KINDS[kind][1:], strict=True):
         blocks = model.get_submodule(name)
-        hidden, width = state[f"{tower}.encoder.layers.0.mlp.fc1.weight"].shape
-        config = {
+        hidden, width = state[f"{tower}.encoder.layers.0.mlp.fc1.weight"].shape  # (hidden, D)
+        whole[tower.replace("model", "config")] = {
             "model_type": f"{kind}_{tower}",
             "hidden_size": width,  # D
             "intermediate_size": hidden,
             "num_hidden_layers": len(blocks),
             "num_attention_heads": blocks[0].attn.num_heads,  # no shape tells: q, k, v are (D, D)
             "hidden_act": activation_name(blocks),
-            # added to a variance: 1e-5 in CLIP, 1e-6 in SigLIP
+            # what LayerNorm adds to a variance: 1e-5 in CLIP, 1e-6 in SigLIP
             "layer_norm_eps": next(m.eps for m in blocks.modules() if isinstance(m, nn.LayerNorm)),
         }
-        towers.append(config)
-    images, words = towers
+    images, words = whole["vision_config"], whole["text_config"]
     images["image_size"] = about["model_cfg"]["vision_cfg"]["image_size"]
     images["patch_size"] = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-    vocabulary = len(state["text_model.embeddings.token_embedding.weight"])
-    words["vocab_size"] = vocabulary
+    words["vocab_size"] = len(state["text_model.embeddings.token_embedding.weight"])
     words["max_position_embeddings"] = len(state["text_model.embeddings.position_embedding.weight"])
-    whole = {"model_type": kind, "torch_dtype": "float32", OURS: about}
     if kind == "siglip":
         # Text is pooled at the last position, whatever stands there. There are no start and end
-        # tokens, and the default numbers of theirs lie outside of the vocabulary.
+        # tokens, and transformers' default ids for them lie outside of the vocabulary.
         words |= {"projection_size": len(state["text_model.head.weight"]), "pad_token_id": 1}
         words |= {"bos_token_id": None, "eos_token_id": None}
-        whole["architectures"] = ["SiglipModel"]
-    else:
-        # Text is pooled at its end token: for open_clip the highest id in a sentence, for
-        # transformers the first id that equals eos_token_id.
-        end = vocabulary - 1
-        words |= {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
-        # E, three times: a tower that is loaded alone (LLaVA) reads its own part only.
-        for part in (whole, words, images):
-            part["projection_dim"] = len(state["visual_projection.weight"])
-        whole["architectures"] = ["CLIPModel"]
-    return {**whole, "text_config": words, "vision_config": images}
+        return {**whole, "architectures": ["SiglipModel"]}
+    # Text is pooled at its end token: for open_clip the highest id in a sentence, for transformers
+    # the first id that equals eos_token_id.
+    end = words["vocab_size"] - 1
+    words |= {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
+    # E, three times: a tower that is loaded alone (LLaVA) reads its own part only.
+    for part in (whole, words, images):
+        part["projection_dim"] = len(state["visual_projection.weight"])
+    return {**whole, "architectures": ["CLIPModel"]}
 
 
 def open_clip_config(config: dict, folder: Path) -> dict:
     """The open_clip config of a transformers folder: ours if it came from here, else derived.
-
     Args: config: its config.json; folder: where preprocessor_config.json may be.
     Raises: ValueError for another kind of model, an activation that open_clip has no switch for,
         or a SigLIP of unknown size.
@@ -250,11 +236,13 @@ def open_clip_config(config: dict, folder: Path) -> dict:
     kind = config.get("model_type")
     if kind not in KINDS:
         raise ValueError(f"{folder}: model_type {kind!r}; expected 'clip' or 'siglip'")
+    vision, text = config["vision_config"], config["text_config"]
     if kind == "clip":
-        model_cfg = _clip_architecture(config, folder)
+        model_cfg = _clip_architecture(vision, text, folder)
+        model_cfg["embed_dim"] = config.get("projection_dim", 512)  # E
         mean, std, mode = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "shortest"
     else:
-        model_cfg = _siglip_architecture(config, folder)
+        model_cfg = _siglip_architecture(vision, text, folder)
         mean, std, mode = (0.5,) * 3, (0.5,) * 3, "squash"
     if (file := folder / "preprocessor_config.json").is_file():
         processor = _read(file)
@@ -263,16 +251,14 @@ def open_clip_config(config: dict, folder: Path) -> dict:
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
 
 
-def _clip_architecture(config: dict, folder: Path) -> dict:
+def _clip_architecture(vision: dict, text: dict, folder: Path) -> dict:
     """config.json describes a CLIP in full. What it leaves out equals transformers' defaults, the
     sizes of ViT-B/32: they are the second argument of each `get`."""
-    vision, text = config["vision_config"], config["text_config"]
     activation = vision.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         raise ValueError(f"{folder}: hidden_act {activation!r} has no switch in open_clip")
     width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
     return {
-        "embed_dim": config.get("projection_dim", 512),  # E
         "quick_gelu": activation == "quick_gelu",  # one switch for both towers
         "vision_cfg": {
             "image_size": vision.get("image_size", 224),
@@ -294,10 +280,9 @@ def _clip_architecture(config: dict, folder: Path) -> dict:
     }
 
 
-def _siglip_architecture(config: dict, folder: Path) -> dict:
+def _siglip_architecture(vision: dict, text: dict, folder: Path) -> dict:
     """A SigLIP also needs the timm name of its image tower, which no config.json tells. So it must
     have the sizes of a model that open_clip knows by name; the first one is taken."""
-    vision, text = config["vision_config"], config["text_config"]
     width, size = vision.get("hidden_size", 768), vision.get("image_size", 224)
     length, vocabulary = text.get("max_position_embeddings", 64), text.get("vocab_size", 32000)
     family = f"patch{vision.get('patch_size', 16)}_siglip"
@@ -308,15 +293,13 @@ def _siglip_architecture(config: dict, folder: Path) -> dict:
         tokens = words.get("context_length"), words.get("vocab_size")
         if (images, tokens) == ((width, size), (length, vocabulary)) and family in str(trunk):
             return known
-    raise ValueError(
-        f"{folder}: no SigLIP in open_clip has width {width}, {size} px and {length} text tokens"
-    )
+    sizes = f"width {width}, {size} px and {length} text tokens"
+    raise ValueError(f"{folder}: no SigLIP in open_clip has {sizes}")
 
 
 def preprocessor_config(about: dict) -> dict:
     """preprocessor_config.json: how a picture becomes the tensor that the weights were trained on.
     CLIP resizes the shorter side and crops the middle, SigLIP squashes to a square.
-
     Args: about: the open_clip config.
     """
     side = about["model_cfg"]["vision_cfg"]["image_size"]
@@ -329,11 +312,9 @@ def preprocessor_config(about: dict) -> dict:
         own |= {"do_center_crop": True, "crop_size": square, "do_convert_rgb": True}
     return {
         **own,
-        "do_resize": True,
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
         "resample": 3,  # bicubic
-        "do_rescale": True,
         "rescale_factor": 1 / 255,  # bytes → 0 … 1
-        "do_normalize": True,
         "image_mean": list(preprocess["mean"]),
         "image_std": list(preprocess["std"]),
     }
@@ -342,7 +323,6 @@ def preprocessor_config(about: dict) -> dict:
 def tokenizer_files(about: dict) -> tuple[dict[str, str | dict], str]:
     """CLIP's tokenizer, from the merges that open_clip ships. Other models get none: with a wrong
     tokenizer every sentence means something else, and no error tells.
-
     Args: about: the open_clip config.
     Returns: file name → content, and a line that says what they are or why there are none.
     """
@@ -369,7 +349,6 @@ def tokenizer_files(about: dict) -> tuple[dict[str, str | dict], str]:
 # -- Folders -------------------------------------------------------------------------------------
 def export(source: Path, target: Path) -> list[str]:
     """open_clip folder → transformers folder. All is checked before the first file is written.
-
     Returns: lines that say what was written.
     Raises: ValueError or OSError naming the file or the folder at fault.
     """
@@ -382,9 +361,8 @@ def export(source: Path, target: Path) -> list[str]:
     tokenizer, line = tokenizer_files(about)
     files = {"model.safetensors": tensors, "config.json": config, **tokenizer}
     _write(source, target, {**files, "preprocessor_config.json": preprocessor_config(about)})
-    kind = config["architectures"][0]
-    weights = f"{target / 'model.safetensors'}: {len(tensors)} tensors, {kind}"
-    return [weights, f"tokenizer: {line}"]
+    weights = f"{target / 'model.safetensors'}: {len(tensors)} tensors"
+    return [f"{weights}, {config['architectures'][0]}", f"tokenizer: {line}"]
 
 
 def restore(source: Path, target: Path) -> list[str]:
@@ -396,7 +374,6 @@ def restore(source: Path, target: Path) -> list[str]:
 
 def read_transformers(source: Path) -> tuple[dict, dict[str, Tensor], list[str]]:
     """A transformers folder as open_clip has it.
-
     Returns: the open_clip config, the tensors, and lines that the user should read.
     Raises: ValueError or OSError naming the file or the folder at fault.
     """
@@ -408,18 +385,16 @@ def read_transformers(source: Path) -> tuple[dict, dict[str, Tensor], list[str]]
     # Older versions of transformers also saved these counters: 0, 1, 2, …
     found = {k: v for k, v in _read_weights(source).items() if not k.endswith(".position_ids")}
     _fill(model, convert(found, rules_for(model), export=False), source)
-    # A SigLIP of open_clip's list brings an activation of its own.
+    # A SigLIP of open_clip's list brings timm's activation, which may not be this folder's.
     wanted = config["vision_config"].get("hidden_act")
     own = activation_name(model.get_submodule(KINDS[kind_of(model)][1]))
-    notes = []
-    if wanted and wanted != own:
-        note = f"note: {source} was made with {wanted}, open_clip's tower uses {own}: features "
-        notes = [note + "differ a little"]
+    note = f"note: {source} was made with {wanted}, open_clip's tower uses {own}: features "
+    notes = [note + "differ a little"] if wanted and wanted != own else []
     return about, model.state_dict(), notes
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """The tensors become the model's own, and the model is the check of names and shapes."""
+    """The tensors become the model's own; PyTorch refuses a wrong name or shape by itself."""
     try:
         model.load_state_dict(state, strict=True, assign=True)  # assign: meta cannot be copied to
     except RuntimeError as error:  # its first line names a class, the others what is wrong
@@ -447,13 +422,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         try:  # a pickle may run any program; `weights_only` lets in nothing but tensors
             return torch.load(pickled, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds
-            raise ValueError(
-                f"{pickled} cannot be read as tensors alone ({type(error).__name__})"
-            ) from None
-    tensors = {}
-    for piece in pieces:
-        tensors |= _read(folder / Path(piece).name)  # an index may not point to other folders
-    return tensors
+            kind = type(error).__name__
+            raise ValueError(f"{pickled} cannot be read as tensors alone ({kind})") from None
+    # `.name`: an index may not point to other folders
+    return {k: v for piece in pieces for k, v in _read(folder / Path(piece).name).items()}
 
 
 def _write(source: Path, target: Path, files: dict[str, str | dict]) -> None:
@@ -493,9 +465,8 @@ def main() -> None:
             raise ValueError(f"--out {args.out} is --model: give another folder")
         found = [way for name, way in ways.items() if (args.model / name).is_file()]
         if not found:
-            raise FileNotFoundError(
-                f"{args.model} is no model folder: neither {' nor '.join(ways)}"
-            )
+            names = " nor ".join(ways)
+            raise FileNotFoundError(f"{args.model} is no model folder: neither {names}")
         print(*found[0](args.model, args.out), sep="\n")
     except (OSError, ValueError, KeyError, TypeError) as error:
         # a KeyError says the key and nothing else

@@ -159,7 +159,7 @@ FULL = ["ViT-L-14-quickgelu", "ViT-H-14-quickgelu", "ViT-SO400M-14-SigLIP"]
 def test_full_size_names_and_shapes(name):
     """On the meta device: every tensor of the published models has its place in transformers."""
     about = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": PREPROCESS}
-    model = export_hf.build_empty(about["model_cfg"])
+    model = export_hf.build_empty(about, ROOT)
     state = export_hf.convert(model.state_dict(), export_hf.rules_for(model), export=True)
     config = export_hf.transformers_config(model, about, state)
     config.pop(export_hf.OURS)
@@ -172,8 +172,8 @@ def test_full_size_names_and_shapes(name):
         )
     expected = {k: tuple(v.shape) for k, v in theirs.state_dict().items()}
     assert {k: tuple(v.shape) for k, v in state.items()} == expected
-    derived = export_hf.open_clip_config(config, ROOT)["model_cfg"]
-    again = export_hf.build_empty(derived).state_dict()
+    derived = export_hf.open_clip_config(config, ROOT)
+    again = export_hf.build_empty(derived, ROOT).state_dict()
     assert {k: v.shape for k, v in again.items()} == {
         k: v.shape for k, v in model.state_dict().items()
     }
@@ -182,7 +182,11 @@ def test_full_size_names_and_shapes(name):
 def test_the_tokenizer_is_clips(tmp_path):
     text_cfg = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     about = {"model_cfg": {**TINY_CLIP, "text_cfg": text_cfg}}
-    assert "vocab.json" in export_hf.write_tokenizer(tmp_path, about)
+    files, line = export_hf.tokenizer_files(about)
+    assert "vocab.json" in line
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     mine = open_clip.SimpleTokenizer()
     for sentence in (
@@ -194,8 +198,9 @@ def test_the_tokenizer_is_clips(tmp_path):
         got = theirs(sentence, padding="max_length", max_length=77)["input_ids"]
         end = wanted.argmax()
         assert got[: end + 1] == wanted[: end + 1].tolist()
-    assert "sentencepiece" in export_hf.write_tokenizer(tmp_path, {"model_cfg": SIGLIP})
-    assert "60" in export_hf.write_tokenizer(tmp_path, {"model_cfg": TINY_CLIP})
+    for model_cfg, reason in ((SIGLIP, "sentencepiece"), (TINY_CLIP, "60")):
+        files, line = export_hf.tokenizer_files({"model_cfg": model_cfg})
+        assert not files and reason in line
 
 
 @pytest.mark.parametrize("model_cfg, preprocess", [(CLIP_H, PREPROCESS), (SIGLIP, SQUASH)])
@@ -241,7 +246,7 @@ def test_the_command_line_and_its_mistakes(tmp_path, monkeypatch, capsys):
         (tmp_path / "empty", tmp_path / "x", "no model folder"),
         (tmp_path / "in", tmp_path / "in", "give another folder"),
         (broken, tmp_path / "x", "not a whole safetensors file"),
-        (other, tmp_path / "x", "first mismatch visual.transformer.resblocks.2"),
+        (other, tmp_path / "x", 'Missing key(s) in state_dict: "visual.transformer.resblocks.2'),
         (bert, tmp_path / "x", "no vision_config"),
     ):
         code, said = run(monkeypatch, capsys, "--model", source, "--out", target)
