@@ -1,6 +1,7 @@
 """The picture at the top of the README: what stage 2 has changed, seen through the denoiser's eyes.
 
-    python benchmarks/hero.py --run runs/demo        → docs/hero.png
+    python benchmarks/hero.py                        the run of python train.py → docs/hero.png
+    python benchmarks/hero.py --run runs/toy_seeds-seed1   the committed picture
 
 Scenes that no run has trained on, from pairs that the toy benchmark counts as won (wrong before
 stage 2, right after). Beside each: what the *same* denoiser, as stage 1 left it, draws from the
@@ -104,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     flags = parser(__doc__)
-    flags.add_argument("--run", default="runs/demo", help="a finished run of the flow denoiser")
+    flags.add_argument("--run", default="runs/toy", help="a finished run of the flow denoiser")
     flags.add_argument("--patterns", default="Spatial,Presence", help="one pair of each")
     arguments = flags.parse_args()
     run_command(lambda: main(arguments))
