@@ -15,25 +15,10 @@ import torch
 from report import ROOT, facts, headline, parser, publish, table
 
 from genhancer import GenHancer
-from settings import Settings
 from toy.world import ToyScenes
-from training.assemble import build_model
-from training.checkpoints import checkpoints_in, read_state, restore
-from training.process import start_process
+from training.assemble import load_run
+from training.checkpoints import checkpoints_in, read_state
 from util.cli import run_command
-
-
-def load(run: Path) -> tuple[GenHancer, Settings, int]:
-    """The model of a run as its stage 1 left it, and the step. Raises: ValueError where there is
-    no stage 1."""
-    found = checkpoints_in(run / "stage1")
-    if not found:
-        raise ValueError(f"--run: {run}/stage1 holds no checkpoint; python train.py writes one")
-    settings = Settings(**json.loads((run / "config.json").read_text())["settings"])
-    _, model = build_model(settings, start_process(settings.precision))
-    model.start_stage1()
-    restore(model, found[-1])
-    return model.eval(), settings, read_state(found[-1])["step"]
 
 
 @torch.no_grad()
@@ -69,17 +54,20 @@ def main() -> None:
     flags.add_argument("--name", default="condition")
     flags.add_argument("--scenes", type=int, default=1024)
     args = flags.parse_args()
-    model, settings, step = load(ROOT / args.run)
+    run = ROOT / args.run
+    _, model = load_run(run, stage=1)
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    step = read_state(checkpoints_in(run / "stage1")[-1])["step"]
     world = ToyScenes(args.scenes, seed=2_718_281)
     images = torch.stack([world[(i, 0)]["image"] for i in range(args.scenes)])
-    discrete = settings.denoiser == "perceiver"
+    discrete = settings["denoiser"] == "perceiver"
     levels = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0) if discrete else (0.1, 0.3, 0.5, 0.7, 0.9)
     rows = {level: measure(model, images, level) for level in levels}
     about = {
         "run": Path(args.run).name,
-        "denoiser": settings.denoiser,
+        "denoiser": settings["denoiser"],
         "stage1_step": step,
-        "seed": settings.seed,
+        "seed": settings["seed"],
         "scenes": args.scenes,
         **facts(),
     }

@@ -11,24 +11,18 @@ the scenes: the picture shows what the effect looks like, the tables say how oft
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 import torch
 from report import ROOT, parser
 
-from evaluation.encoder import Encoder
+from evaluation.encoder import load_encoders
 from evaluation.pairsets import Item
 from evaluation.scoring import pair_verdicts
 from genhancer import GenHancer
-from pretrained.backbones import load_clip
-from settings import Settings
 from toy import benchmark
-from toy.world import to_tensor
-from training import checkpoints as ckpt
-from training.assemble import build_model, start_stage2
-from training.process import start_process
+from toy.world import TOY_DIR, to_tensor
+from training.assemble import load_run
 from util.cli import run_command
 from util.pictures import picture_table
 
@@ -38,21 +32,6 @@ COLUMNS = [
     "drawn from [CLS] after stage 2",
     "which picture does CLIP find nearer to the words? (cosine)",
 ]
-
-
-def load_both(run: Path) -> tuple[GenHancer, list[Encoder]]:
-    """The model as stage 2 left it, and CLIP before and after."""
-    settings = Settings(**json.loads((run / "config.json").read_text())["settings"])
-    process = start_process(settings.precision)
-    _, model = build_model(settings, process)
-    for stage in (1, 2):
-        found = ckpt.checkpoints_in(run / f"stage{stage}")
-        if not found:
-            raise FileNotFoundError(f"--run {run}: no checkpoint of stage {stage}")
-        model.start_stage1() if stage == 1 else start_stage2(model, settings)
-        ckpt.restore(model, found[-1])
-    models = settings.clip, str(run / "enhanced")
-    return model.eval(), [Encoder(name, *load_clip(name), process.device) for name in models]
 
 
 @torch.no_grad()
@@ -79,7 +58,9 @@ def words(item: Item, similarities: list[np.ndarray], own: int) -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    model, encoders = load_both(ROOT / args.run)
+    _, model = load_run(ROOT / args.run)
+    original, enhanced = str(TOY_DIR / "clip.safetensors"), str(ROOT / args.run / "enhanced")
+    encoders = load_encoders([original, enhanced], torch.device("cpu"))
     items = benchmark.pairs(mentioned=False)
     found = []
     for encoder in encoders:

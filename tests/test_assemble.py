@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 
+from pretrained.backbones import load_clip
 from settings import Settings, preset_of
+from toy.world import TOY_DIR
 from training import assemble
 from training.process import Process
 
@@ -42,3 +44,28 @@ def test_seeds_are_repeatable_and_far_apart():
     assert assemble.seed_of("LoRA", 2, 3) == assemble.seed_of("LoRA", 2, 3)
     with pytest.raises(ValueError):
         assemble.seed_of("lora", 2)
+
+
+def test_a_run_in_one_call(straight):
+    """CLIP and the module as each stage left them; what stage 2 wrote is what comes back."""
+    images = torch.rand(3, 3, 64, 64)
+    clip, model = assemble.load_run(straight, stage=1)
+    before, enhanced = load_clip(str(TOY_DIR / "clip.safetensors"))[0], straight / "enhanced"
+    # (close, not equal: PyTorch picks its kernels by who requires a gradient)
+    assert torch.allclose(clip.encode_image(images), before.encode_image(images), atol=1e-5)
+    assert not model.training and not model.tower_learns
+    clip, model = assemble.load_run(str(straight))
+    after = load_clip(str(enhanced))[0].encode_image(images)
+    assert torch.allclose(clip.encode_image(images), after, atol=1e-5)
+    assert not torch.allclose(after, before.encode_image(images), atol=1e-4)
+    features = model.original_features(images)
+    assert torch.allclose(features, before.encode_image((images - 0.5) / 0.25), atol=1e-5)
+    assert {*model.reconstruct(images)} > {"original"}
+
+
+def test_no_run_and_no_stage_are_named(straight, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no run"):
+        assemble.load_run(tmp_path)
+    (tmp_path / "config.json").write_text((straight / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*stage1"):
+        assemble.load_run(tmp_path, 1)

@@ -4,8 +4,10 @@ The parts know nothing of settings and of each other; this file knows both. On e
 the same, so that a run can start without sending weights around.
 """
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ from pretrained.backbones import ClipInfo, load_clip
 from pretrained.flux import load_flux
 from settings import Settings
 from toy.world import ToyScenes
-from training.process import Process, wait_for_all
+from training import checkpoints as ckpt
+from training.process import Process, start_process, wait_for_all
 from training.shards import ShardIndex, is_shard_pattern
 
 PURPOSES = (
@@ -136,6 +139,29 @@ def perceiver_config(
         layers=settings.layers,
         learnt_latents=settings.learnt_latents,
     )
+
+
+def load_run(run: str | Path, stage: int = 2) -> tuple[torch.nn.Module, GenHancer]:
+    """CLIP and the module around it as the newest checkpoint of a stage left them, in eval mode.
+
+    After stage 2 they share one adapted tower; what it was before is `model.original`.
+
+    Raises: FileNotFoundError where `run` is none, or has no checkpoint of that stage.
+    """
+    run = Path(run)
+    if not (run / "config.json").is_file():
+        raise FileNotFoundError(f"{run} is no run: it has no config.json")
+    settings = Settings(**json.loads((run / "config.json").read_text())["settings"])
+    clip, model = build_model(settings, start_process(settings.precision))
+    needed = [1, 2][:stage] if not settings.end_to_end else [2]
+    for number in needed:  # stage 2's own file holds the adapters alone
+        folder = Path(settings.stage1_from or run) if (number, stage) == (1, 2) else run
+        found = ckpt.checkpoints_in(folder / f"stage{number}")
+        if not found:
+            raise FileNotFoundError(f"run {run}: no checkpoint in {folder / f'stage{number}'}")
+        model.start_stage1() if number == 1 else start_stage2(model, settings)
+        ckpt.restore(model, found[-1])
+    return clip, model.eval()
 
 
 def start_stage2(model: GenHancer, settings: Settings) -> None:
