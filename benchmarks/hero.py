@@ -18,7 +18,7 @@ from report import ROOT, parser
 
 from evaluation.encoder import load_encoders
 from evaluation.pairsets import Item
-from evaluation.scoring import pair_verdicts
+from evaluation.scoring import pair_verdicts, similarities
 from genhancer import GenHancer
 from toy import benchmark
 from toy.world import TOY_DIR, to_tensor
@@ -62,12 +62,8 @@ def main(args: argparse.Namespace) -> None:
     original, enhanced = str(TOY_DIR / "clip.safetensors"), str(ROOT / args.run / "enhanced")
     encoders = load_encoders([original, enhanced], torch.device("cpu"))
     items = benchmark.pairs(mentioned=False)
-    found = []
-    for encoder in encoders:
-        images = encoder.images([image for item in items for image in item.images])
-        texts = encoder.texts([benchmark.TEMPLATE.format(c) for i in items for c in i.captions])
-        found.append((images.view(len(items), 2, -1), texts.view(len(items), 2, -1)))
-    before, after = (pair_verdicts(*features)["text-to-image"] for features in found)
+    found = [similarities(encoder, items, benchmark.TEMPLATE) for encoder in encoders]
+    before, after = (pair_verdicts(cosines)["text-to-image"] for cosines in found)
     rows = []
     for pattern in args.patterns.split(","):
         won = [i for i in np.flatnonzero(~before & after) if items[i].category == pattern]
@@ -77,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         # How much nearer to the scenes have the drawings come?
         gain = {i: float(((m[1] - m[0]) ** 2 - (m[2] - m[0]) ** 2).mean()) for i, m in made.items()}
         best = max(gain, key=gain.get)
-        sims = [(texts[best] @ images[best].T).numpy() for images, texts in found]
+        sims = [cosines[best].numpy() for cosines in found]  # (text, image) before and after
         for own in (0, 1):
             rows.append(([row[own] for row in made[best]], words(items[best], sims, own)))
     picture_table(COLUMNS, rows, ROOT / "docs" / "hero.png")

@@ -28,20 +28,31 @@ MMVP_PATTERNS = (
 )
 
 
-def pair_verdicts(images: Tensor, texts: Tensor) -> dict[str, np.ndarray]:
+def pair_similarities(images: Tensor, texts: Tensor) -> Tensor:
+    """Unit vectors (K, 2, d) of both → cosines (K, 2, 2): rows are texts, columns images."""
+    return torch.einsum("ktd,kid->kti", texts, images)
+
+
+def pair_verdicts(similarity: Tensor) -> dict[str, np.ndarray]:
     """Two images, two texts, text k belongs to image k: who found whom?
 
-    Args: images, texts: unit vectors (K, 2, d).
+    Args: similarity: (K, text, image), of `pair_similarities`.
     Returns: bool (K,) each. "text-to-image": both texts found their image among the two (MMVP's
         rule). "image-to-text": both images found their text. "group": both of it (Winoground).
         All comparisons are strict: a tie is wrong.
     """
-    similarity = torch.einsum("ktd,kid->kti", texts, images)  # (K, text, image)
     own = torch.stack([similarity[:, 0, 0], similarity[:, 1, 1]], 1)  # (K, 2): what belongs
     of_text = torch.stack([similarity[:, 0, 1], similarity[:, 1, 0]], 1)  # same text, other image
     of_image = of_text.flip(1)  # same image, other text
     t2i, i2t = (own > of_text).all(1).numpy(), (own > of_image).all(1).numpy()
     return {"text-to-image": t2i, "image-to-text": i2t, "group": t2i & i2t}
+
+
+def similarities(encoder, items: list, template: str) -> Tensor:
+    """Of pairs: cosines (K, 2, 2), rows are texts, columns images. Arguments as for `score`."""
+    images = encoder.images([image for item in items for image in item.images])
+    texts = encoder.texts([template.format(c) for item in items for c in item.captions])
+    return pair_similarities(images.view(len(items), 2, -1), texts.view(len(items), 2, -1))
 
 
 def score(encoder, items: list, template: str) -> dict[str, np.ndarray]:
@@ -53,10 +64,10 @@ def score(encoder, items: list, template: str) -> dict[str, np.ndarray]:
         items: of one kind, all paired or all single (pairsets.py).
         template: the prompt, with {} for the caption.
     """
+    if items[0].paired:
+        return pair_verdicts(similarities(encoder, items, template))
     images = encoder.images([image for item in items for image in item.images])
     texts = encoder.texts([template.format(c) for item in items for c in item.captions])
-    if items[0].paired:
-        return pair_verdicts(images.view(len(items), 2, -1), texts.view(len(items), 2, -1))
     hits, start = [], 0
     for item, image in zip(items, images, strict=True):
         similarity = texts[start : start + len(item.captions)] @ image  # (captions,)

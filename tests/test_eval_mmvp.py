@@ -27,7 +27,7 @@ from toy.world import TOY_DIR
 
 def pair_hits(images, texts):
     """MMVP's rule."""
-    return scoring.pair_verdicts(images, texts)["text-to-image"]
+    return scoring.pair_verdicts(scoring.pair_similarities(images, texts))["text-to-image"]
 
 
 # -- scoring -------------------------------------------------------------------------------------
@@ -315,9 +315,8 @@ def test_winoground_scores_against_a_loop():
     for _ in range(200):
         s = [[rng.randint(0, 2) for _ in range(2)] for _ in range(2)]  # s[text][image]
         images = torch.tensor(s, dtype=torch.float32).T[None]
-        found = {
-            k: bool(v[0]) for k, v in scoring.pair_verdicts(images, torch.eye(2)[None]).items()
-        }
+        similarity = scoring.pair_similarities(images, torch.eye(2)[None])
+        found = {k: bool(v[0]) for k, v in scoring.pair_verdicts(similarity).items()}
         text_right = s[0][0] > s[1][0] and s[1][1] > s[0][1]  # each image prefers its own text
         image_right = s[0][0] > s[0][1] and s[1][1] > s[1][0]  # each text prefers its own image
         both = text_right and image_right

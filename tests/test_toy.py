@@ -73,6 +73,30 @@ def test_left_is_the_mirror_of_right():
         assert np.abs(left.astype(int) - right).mean() > 1, subject
 
 
+def test_a_scene_by_name():
+    scene = toy.scene("fish", Color="blue", Camera_Perspective="far")
+    assert (scene.subject, scene["Color"], scene["Camera Perspective"]) == ("fish", "blue", "far")
+    assert scene["Quantity"] == "one", "what is not named has its first value"
+    for wrong, words in (
+        (lambda: toy.scene("fsih"), "did you mean 'fish'"),
+        (lambda: toy.scene("fish", Colour="red"), "did you mean 'Color'"),
+        (lambda: scene.replace("Colour", "red"), "did you mean 'Color'"),
+        (lambda: scene.replace("Color", "rde"), "did you mean 'red'"),
+        (lambda: scene["Zzz"], "there are Orientation, Presence"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            wrong()
+
+
+def test_scenes_one_by_one_in_batches_and_in_a_loader():
+    scenes = toy.ToyScenes(5, seed=4)
+    assert torch.equal(scenes[3]["image"], scenes[(3, 7)]["image"])
+    assert torch.equal(scenes.batch(2, first=3)[0], scenes[3]["image"])
+    assert len(list(scenes)) == 5, "iteration ends"
+    [batch] = torch.utils.data.DataLoader(scenes, batch_size=5)
+    assert torch.equal(batch["image"], scenes.batch(5))
+
+
 def test_scenes_are_a_function_of_seed_and_index():
     a, b = toy.ToyScenes(10, seed=4), toy.ToyScenes(99, seed=4)
     assert torch.equal(a[(3, 0)]["image"], b[(3, 5)]["image"])

@@ -19,7 +19,9 @@ captions, and the endless data set. The pairs that measure the effect are in ben
 pretrain.py makes the shipped weights again from nothing. Images are float RGB in [0, 1].
 """
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +68,35 @@ class Scene:
     values: tuple[str, ...]  # in the order of PATTERNS
 
     def __getitem__(self, pattern: str) -> str:
-        return self.values[list(PATTERNS).index(pattern)]
+        return self.values[list(PATTERNS).index(known(pattern, PATTERNS))]
 
     def replace(self, pattern: str, value: str) -> "Scene":
-        """The same scene with one attribute changed: the other half of a benchmark pair."""
+        """The same scene with one attribute changed: the other half of a benchmark pair.
+
+        Raises: ValueError for a pattern or a value that this world does not have.
+        """
+        pattern = known(pattern, PATTERNS)
+        value = known(value, PATTERNS[pattern])
         pairs = zip(PATTERNS, self.values, strict=True)
         return Scene(self.subject, tuple(value if p == pattern else v for p, v in pairs))
+
+
+def known(name: str, names: Iterable[str]) -> str:
+    """`name`, if it is one of `names`. Raises: ValueError with the nearest spelling."""
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+        raise ValueError(f"the toy world has no {name!r}; {hint}")
+    return name
+
+
+def scene(subject: str, **attributes: str) -> Scene:
+    """A scene by name: ``scene("fish", Color="red", Camera_Perspective="far")``. What is not named
+    has its first value. Raises: ValueError as `Scene.replace`."""
+    made = Scene(known(subject, SUBJECTS), tuple(next(iter(v)) for v in PATTERNS.values()))
+    for pattern, value in attributes.items():
+        made = made.replace(pattern.replace("_", " "), value)
+    return made
 
 
 def random_scene(rng: np.random.Generator, subject: str | None = None) -> Scene:
@@ -289,7 +314,7 @@ def vocabulary() -> list[str]:
 # The endless, repeatable data set: scene i of seed s is a pure function of (s, i)
 # ------------------------------------------------------------------------------------------------
 class ToyScenes(torch.utils.data.Dataset):
-    """`length` scenes; item (i, epoch) is {"image": float RGB (3, 64, 64) in [0, 1], "name": str}.
+    """`length` scenes; item i is {"image": float RGB (3, 64, 64) in [0, 1], "name": str}.
 
     Every item has a random generator of its own, so any worker on any rank draws the same picture
     for the same index, and a resumed run sees exactly the pictures it would have seen.
@@ -306,10 +331,18 @@ class ToyScenes(torch.utils.data.Dataset):
         scene = random_scene(rng)
         return scene, draw(scene, rng)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        index, _ = key  # the second number is the epoch, for data sets that crop at random
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        """`key`: the number of a scene; or that and an epoch, as data sets that crop are asked.
+        Raises: IndexError beyond the last scene."""
+        index = key[0] if isinstance(key, tuple) else key
+        if not 0 <= index < self.length:
+            raise IndexError(f"toy scene {index}: there are {self.length}")
         _, pixels = self.scene(index)
         return {"image": to_tensor(pixels), "name": f"toy scene {index} of seed {self.seed}"}
+
+    def batch(self, count: int, first: int = 0) -> torch.Tensor:
+        """Images of `count` scenes from number `first` on, (count, 3, 64, 64) in [0, 1]."""
+        return torch.stack([self[i]["image"] for i in range(first, first + count)])
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
