@@ -1,6 +1,7 @@
 """README.md and docs/ tell the truth: equation map, file table, flags, figures, links, commands."""
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -153,11 +154,12 @@ def test_flags_named_anywhere_exist():
 
 
 def test_the_snippets_are_python_that_names_what_exists():
-    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
-        for node in ast.walk(ast.parse(snippet)):
-            if isinstance(node, ast.ImportFrom):
-                module = __import__(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names)
+    for text in (README, *DOCS.values()):
+        for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
+            for node in ast.walk(ast.parse(snippet)):
+                if isinstance(node, ast.ImportFrom):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names)
 
 
 # -- numbers -------------------------------------------------------------------------------------
