@@ -9,7 +9,8 @@ we?
 Nine patterns, pairs of images that differ in one of them, one statement per image (Tong et al.;
 Sec. 5.1, Tab. 1). For each of a pair's two texts: which of the **two images** is more similar? The
 pair counts only if both answers are right; a tie is wrong, so that a constant encoder scores 0 and
-not everything. Chance is 25 %. Other sets of look-alikes come as JSON (pairsets.py).
+not everything. Chance is 25 %. Other sets of look-alikes come as JSON
+(evaluation/pairsets.py).
 
 What is printed beside the percentage decides whether it means anything. MMVP-VLM has 135 pairs: one
 pair is 0.74 points, the standard error at 32 % is 4.0. Hence hits and n, a Wilson 95 % interval,
@@ -284,7 +285,7 @@ class Settings:
     """where results go; empty: eval/ beside the last model"""
     pairs: int = setting(100, at_least=1)
     """toy: pairs per pattern and side"""
-    seed: int = setting(0)
+    seed: int = setting(0, at_least=0)
     """toy: which benchmark; reported figures use 0"""
     cache: str = setting("")
     """where features are kept for the next call; empty: RUNS/features; 'none': nowhere"""

@@ -58,7 +58,7 @@ from pretrained.backbones import ClipInfo, encode_visual
 # ------------------------------------------------------------------------------------------------
 class Paradigm(nn.Module):
     """A frozen tokenizer and a denoiser. A denoiser that arrives without gradients, as FLUX's
-    published weights do, stays as it is: stage 1 then trains the projectors alone.
+    published weights do, stays as it is for good: stage 1 then trains the projectors alone.
 
     Args: fp32: keep the tokenizer out of autocast. A VAE's activations grow large enough to hurt in
         bf16, and a VQ-GAN's rounding to codes would be another one.

@@ -125,7 +125,7 @@ class Settings:
     """smallest mask ratio"""
     mask_to: float = setting(0.9, only="perceiver")
     """largest mask ratio; the same as the smallest: a fixed one"""
-    # Stage 1 and 2 (Key Point #2.1). 100 000 and 5 000 steps are the supplement's (its Fig. 1);
+    # Stage 1 and 2 (Key Point #2.1). 100 000 and 5 000 steps are those of the supplement on Fig. 1;
     # Sec. 5.1 and App. B say one epoch each. 100 000 steps of 256 images are 8.5 epochs of CC3M.
     # Stage 2's rate is a tenth, its steps a twentieth: the tower should move, a little.
     stage1_steps: int = setting(100_000, stage=1, at_least=1)
@@ -161,7 +161,7 @@ class Settings:
     """images per rank and forward pass; accumulation follows from it"""
     schedule: str = setting("constant", choices=("constant", "cosine"))
     """learning rate over a stage"""
-    warmup: int = setting(0)
+    warmup: int = setting(0, at_least=0)
     """steps of linear warm-up"""
     weight_decay: float = setting(0.01)
     """AdamW's weight decay"""
@@ -171,7 +171,7 @@ class Settings:
     """share AdamW's moments out among the ranks (ZeRO stage 1); the same numbers"""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16"))
     """autocast; auto: bf16 on GPUs that have it, float32 on the CPU"""
-    seed: int = setting(0)
+    seed: int = setting(0, at_least=0)
     """seed of everything"""
     # Before the run.
     plan: bool = setting(False, free=True)

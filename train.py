@@ -78,11 +78,12 @@ def run_stage(
 
     The two stages share every line; they differ in who requires a gradient.
     """
+    share = Share(settings.batch, settings.micro(process.ranks), process.rank, process.ranks)
+    order = MicroBatches(len(dataset), share, seed_of("order", settings.seed, number))
     stage = begin_or_resume(number, model, len(dataset), settings, process, run)
+    order.start_step = stage.done
     steps, wrapped = settings.steps(number), in_parallel(model, process)
     learning = [p for group in stage.groups for p in group["params"]]
-    share = Share(settings.batch, settings.micro(process.ranks), process.rank, process.ranks)
-    order = MicroBatches(len(dataset), share, seed_of("order", settings.seed, number), stage.done)
     stream, first, started = batches(dataset, order, settings.workers), stage.done, time.time()
     style = {"desc": f"stage {number}", "unit": "step", "dynamic_ncols": True}
     bar = tqdm(total=steps, initial=first, disable=not process.is_main, **style)
@@ -177,8 +178,9 @@ def agree_on_unreadable(stage: Stage, pictures: int, process: Process, bar: tqdm
     Raises: ValueError where that is more than 5 % of all pictures.
     """
     for file in sorted(union_over_ranks(stage.unsaid, process) - stage.unreadable):
-        bar.write(f"unreadable, replaced by the next: {file}")
         stage.unreadable.add(file)
+        if process.is_main:
+            bar.write(f"unreadable, replaced by the next: {file}")
     stage.unsaid = set()
     if len(stage.unreadable) > max(1, 0.05 * pictures):
         raise ValueError(
@@ -256,7 +258,8 @@ def begin_or_resume(
     stage = Stage(number, folder, groups, optimizer, agreed, window)
     if found := ckpt.checkpoints_in(folder):
         resume(stage, model, found[-1])
-    if process.is_main:
+    if process.is_main:  # nothing was refused: only now is anything written
+        runlog.write_config(settings, process, run)
         runlog.trim_metrics(run / "metrics.jsonl", number, stage.done)
         steps, count = settings.steps(number), sum(p.numel() for g in groups for p in g["params"])
         print(
@@ -304,7 +307,7 @@ def take_over_stage1(model: GenHancer, fingerprints: dict[str, str], run: Path) 
     # The tower that stage 1 looked through must be the very one that stage 2 adapts: same shape,
     # same weights. A denoiser that learnt to read other features would teach nonsense.
     mine = {"architecture": model.architecture(), "fingerprints": fingerprints}
-    message = f"stage 1 in {found[-1]} is of another {{what}}: {{difference}}"
+    message = f"stage 1 in {found[-1]} differs from this run in its {{what}}: {{difference}}"
     ckpt.require_same(ckpt.read_state(found[-1]), mine, message)
     model.start_stage1()
     ckpt.restore(model, found[-1])
@@ -316,7 +319,7 @@ def resume(stage: Stage, model: GenHancer, checkpoint: Path) -> None:
     state = ckpt.read_state(checkpoint)
     agreed = {what: stage.agreed[what] for what in ("architecture", "fingerprints", "settings")}
     message = (
-        f"{stage.folder} was trained with another {{what}} ({{difference}}); choose another "
+        f"{stage.folder} differs from this run in its {{what}} ({{difference}}); choose another "
         "--name, or delete that folder to start afresh"
     )
     ckpt.require_same(state, agreed, message)
@@ -352,9 +355,6 @@ def main(settings: Settings) -> None:
     process = start_process(settings.precision)
     with ending_well(process, saved(settings)):
         clip, model = assemble.build_model(settings, process)
-        run.mkdir(parents=True, exist_ok=True)
-        if process.is_main:
-            runlog.write_config(settings, process, run)
         dataset = assemble.build_data(settings, model, process)  # pictures, no captions
         if settings.stage in ("1", "both") and not settings.end_to_end and not settings.stage1_from:
             run_stage(1, model, dataset, settings, process, run)

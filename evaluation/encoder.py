@@ -194,7 +194,13 @@ def find_tokenizer(info: ClipInfo):
                 f"`pip install transformers sentencepiece` and its files "
                 f"({str(error).splitlines()[0]})"
             ) from None
-    return open_clip.SimpleTokenizer(context_length=length)
+    tokenizer = open_clip.SimpleTokenizer(context_length=length)
+    if text.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
+        raise ValueError(
+            f"model {info.name}: its text tower knows {text['vocab_size']} tokens, CLIP's own "
+            f'{tokenizer.vocab_size}; a model of whole words lists them in its JSON ("words")'
+        )
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------

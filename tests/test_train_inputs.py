@@ -221,14 +221,22 @@ def test_full_size_presets_say_what_is_missing(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--width", "64", "--rope_axes", "8,12,12"], "another architecture (denoiser.axes"),
-        (["--stage1_lr", "1e-5"], "another settings (stage1_lr"),
-        (["--seed", "3"], "another settings (seed"),
+        (["--width", "64", "--rope_axes", "8,12,12"], "in its architecture (denoiser.axes"),
+        (["--stage1_lr", "1e-5"], "in its settings (stage1_lr"),
+        (["--seed", "3"], "in its settings (seed"),
     ],
 )
 def test_going_on_with_other_settings_is_refused(straight, flags, message):
+    before = (straight / "config.json").read_bytes()
     done = train_here(straight.parent, "straight", *flags)
     assert done.returncode == 2 and message in done.stderr.replace("\n", " ")
+    assert (straight / "config.json").read_bytes() == before, "a refused start writes nothing"
+
+
+@pytest.mark.parametrize("flags", [["--stage", "2"], ["--batch", "10", "--micro_batch", "4"]])
+def test_a_refused_start_leaves_no_folder(tmp_path, flags):
+    assert train_here(tmp_path, "refused", *flags).returncode == 2
+    assert not (tmp_path / "refused").exists()
 
 
 def test_stage2_refuses_stage1_of_another_architecture_by_name(straight, tmp_path):
@@ -236,7 +244,7 @@ def test_stage2_refuses_stage1_of_another_architecture_by_name(straight, tmp_pat
         tmp_path, "x", "--stage", "2", "--stage1_from", straight, "--vector_dim", "16"
     )
     assert (
-        done.returncode == 2 and "another architecture: denoiser.vector_dim: 12 → 16" in done.stderr
+        done.returncode == 2 and "in its architecture: denoiser.vector_dim: 12 → 16" in done.stderr
     )
 
 

@@ -155,7 +155,7 @@ TABLE = [
     # runs
     (FAST + "--stage 2 --name new", "stage 2 needs stage 1"),
     (FAST + "--name x --stage1_from {here}/nowhere", "holds no checkpoint"),
-    (FAST + "--name done --stage2_steps 3", "trained with another settings"),
+    (FAST + "--name done --stage2_steps 3", "in its settings"),
     (FAST + "--name done --lora_rank 3", "lora_rank: 16 → 3"),
     (FAST + "--name damaged", "is damaged"),
     (FAST + "--name halved", "optimizer.pt cannot be read"),

@@ -72,8 +72,8 @@ class Settings:
     """seed of weights, scenes and captions"""
     threads: int = setting(0)
     """CPU threads; 0: all"""
-    scenes: int = setting(24_000, at_least=1)
-    """different scenes"""
+    scenes: int = setting(24_000, at_least=513)
+    """different scenes; the last 512 are kept to measure on"""
     clip_steps: int = setting(2000, at_least=1)
     """steps of CLIP"""
     clip_batch: int = setting(192, at_least=1)

@@ -222,7 +222,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 def _draw_subject(
     pen, scene: Scene, center: tuple[float, float], half: tuple[float, float], color: np.ndarray
 ) -> None:
-    """One copy of the subject with its eye and, perhaps, its hat. `half`: its width and height."""
+    """One copy of the subject with its eye and, perhaps, its hat. `half`: of its width, height."""
     (x, y), (half_w, half_h) = center, half
     outline = OUTLINES[scene.subject]
     mirror = -1 if scene["Orientation"] == "left" else 1

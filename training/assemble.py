@@ -41,7 +41,8 @@ PURPOSES = (
 def seed_of(purpose: str, *numbers: int) -> int:
     """A 62-bit seed that mixes all numbers well: near seeds give unrelated streams.
 
-    All randomness of a run comes from here, so a stream belongs to one purpose and to no other.
+    All randomness of a run but the crops (data.py: seed, epoch, picture) comes from here, so a
+    stream belongs to one purpose and to no other.
     The count of numbers goes in with them, because NumPy pads with zeros: without it, (7, 1) and
     (7, 1, 0) would be one seed. Raises: ValueError for a purpose that is not in `PURPOSES`.
     """

@@ -132,6 +132,7 @@ def run_command(main: Callable[[], None], saved: Callable[[], str] | None = None
     try:
         main()
     except KeyboardInterrupt:
+        _close_bars()
         print(f"\n{name}: interrupted{'; ' + saved() if saved else ''}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, MemoryError) as error:
@@ -151,7 +152,12 @@ def _end(name: str, error: BaseException) -> typing.NoReturn:
     """The error in one line, and exit code 2."""
     if os.environ.get("GENHANCER_TRACEBACK"):
         raise error
-    for bar in list(getattr(tqdm, "_instances", [])):  # half a progress bar is no place for a line
-        bar.close()
+    _close_bars()
     print(f"{name}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
     sys.exit(2)
+
+
+def _close_bars() -> None:
+    """Half a progress bar is no place for a line."""
+    for bar in list(getattr(tqdm, "_instances", [])):
+        bar.close()
