@@ -145,28 +145,28 @@ def test_normalises_twice(make_genhancer, denoiser):
 
 
 @BOTH
-def test_cached_frozen_parts_change_nothing(make_genhancer, denoiser):
+def test_what_was_computed_before_changes_nothing(make_genhancer, denoiser):
     model = make_genhancer(denoiser)
-    frozen = model.precompute(images())
+    cached = model.precompute(images())
     model.start_stage1()
     assert torch.equal(
-        model(images(), draws(model))["loss"], model(images(), draws(model), frozen)["loss"]
+        model(images(), draws(model))["loss"], model(images(), draws(model), cached)["loss"]
     )
     model.start_stage2(rank=2)
     model.eval()
     a = model(images(), draws(model), measure_drift=True)
-    b = model(images(), draws(model), frozen, measure_drift=True)
+    b = model(images(), draws(model), cached, measure_drift=True)
     assert torch.equal(a["loss"], b["loss"]) and torch.equal(a["drift"], b["drift"])
 
 
 @BOTH
 def test_condition_matters(make_genhancer, denoiser):
     model = make_genhancer(denoiser)
-    frozen = model.precompute(images())
-    other = {**frozen, "original": frozen["original"].flip(0)}
+    cached = model.precompute(images())
+    other = {**cached, "original": cached["original"].flip(0)}
     model.start_stage1()
     assert not torch.allclose(
-        model(images(), draws(model), frozen)["per_image"],
+        model(images(), draws(model), cached)["per_image"],
         model(images(), draws(model), other)["per_image"],
     )
 

@@ -180,7 +180,7 @@ TABLE = [
     # the rest
     ("toy/benchmark.py", "expected 'pairs FOLDER'"),
     ("toy/pretrain.py --onyl vae", "did you mean --only?"),
-    ("toy/pretrain.py --scenes 0", "must be at least 1"),
+    ("toy/pretrain.py --scenes 500", "must be at least 513"),
     ("toy/pretrain.py --only vqgan --out {here}/empty", "make it with --only vae"),
     ("export_hf.py --model {here}/nowhere --out {here}/x", "no folder"),
     ("export_hf.py --model {here}/empty --out {here}/x", "is no model folder"),
