@@ -51,12 +51,16 @@ AT = (1, 5, 10)  # k of recall@k
 # ------------------------------------------------------------------------------------------------
 @dataclass
 class Classes:
-    """Labelled pictures. `names`: class names (C); `labels`: int (K,)."""
+    """Labelled pictures."""
 
     title: str
+    """what a table calls them"""
     pictures: list
+    """files, or uint8 arrays (H, W, 3); K of them"""
     labels: np.ndarray
+    """number of each picture's class, int (K,)"""
     names: list[str]
+    """what the classes are called in a prompt (C)"""
 
 
 def read_classes(source: str, root: str) -> Classes:
@@ -117,7 +121,10 @@ def _torchvision(name: str, root: Path) -> Classes:
 
 def class_texts(encoder: Encoder, names: list[str], templates: list) -> Tensor:
     """One direction per class: the mean of its prompts' unit vectors, made a unit vector again.
-    (C, d)"""
+
+    Averaging over many wordings takes away what is peculiar to each: OpenAI's recipe for Tab. 3's
+    kind of figures. Returns: (C, d).
+    """
     texts = [t(name) if callable(t) else t.format(name) for name in names for t in templates]
     each = encoder.texts(texts).view(len(names), len(templates), -1)  # (C, templates, d)
     return F.normalize(each.mean(1), dim=-1)
@@ -140,12 +147,16 @@ def prompts(kind: str) -> list:
 # ------------------------------------------------------------------------------------------------
 @dataclass
 class Captions:
-    """Pictures and their captions. `owner`: picture of each caption, int (T,)."""
+    """Pictures and their captions."""
 
     title: str
+    """what a table calls them"""
     pictures: list[Path]
+    """K of them"""
     texts: list[str]
+    """all captions of all pictures (T)"""
     owner: np.ndarray
+    """number of each caption's picture, int (T,)"""
 
 
 def read_captions(source: str, images: str) -> Captions:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
@@ -71,3 +72,11 @@ def tensors(run, stage):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_another_run(changed, base):
+    """Two metrics lines of the same stage and step: finite, and not the same training."""
+    assert np.isfinite(changed["loss"]) and changed["stage"] == base["stage"] == 2
+    assert changed["step"] == base["step"]
+    what = ("loss", "drift", "gradient_norm")
+    assert [changed[k] for k in what] != [base[k] for k in what]
