@@ -89,6 +89,9 @@ def test_require_same_names_what_differs():
     with pytest.raises(ValueError, match=r"another settings \(lr: 1 → 2\)"):
         ckpt.require_same({"settings": {"lr": 1}}, {"settings": {"lr": 2}},
                           "another {what} ({difference})")  # fmt: skip
+    with pytest.raises(ValueError, match=r"runs/\{odd\} differs in its a: b: 1 → 2"):
+        ckpt.require_same({"a": {"b": 1}}, {"a": {"b": 2}},
+                          "runs/{odd} differs in its {what}: {difference}")  # fmt: skip
     with pytest.raises(ValueError, match="fingerprints: clip: None → x"):
         ckpt.require_same({}, {"fingerprints": {"clip": "x"}}, "{what}: {difference}")
 

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from util.files import flush, save_tensors
 
+GO_BACK = "delete this folder to go on from the one before"
+
 
 def trainable(module: torch.nn.Module) -> dict[str, Tensor]:
     """What the present stage changes, by parameter name: all that a checkpoint must hold."""
@@ -88,9 +90,6 @@ def read_optimizer(checkpoint: Path) -> dict:
         raise ValueError(f"checkpoint {checkpoint}: {what}; {GO_BACK}") from None
 
 
-GO_BACK = "delete this folder to go on from the one before"
-
-
 def restore(module: torch.nn.Module, checkpoint: Path) -> None:
     """Put a checkpoint's tensors into the parameters of `module` that train, exactly those.
 
@@ -112,7 +111,8 @@ def require_same(old: dict, new: dict, message: str) -> None:
     {what}, the entry, and {difference}."""
     for what, mine in new.items():
         if difference := first_difference(old.get(what, {}), mine):
-            raise ValueError(message.format(what=what, difference=difference))
+            # Not str.format: the name of a folder in the message may hold braces of its own.
+            raise ValueError(message.replace("{what}", what).replace("{difference}", difference))
 
 
 def first_difference(old: dict, new: dict, path: str = "") -> str | None:
