@@ -159,6 +159,12 @@ class PerceiverDenoiserConfig:
     """0: one latent per masked token. L > 0: the other reading, L learnt latents, which the masked
     tokens read at the end"""
 
+    @classmethod
+    def small(cls, **changes) -> "PerceiverDenoiserConfig":
+        """A shape for trials on a CPU: 64 tokens, 0.17 M parameters. `changes`: fields by name."""
+        size = {"codes": 256, "code_width": 32, "side": 8, "width": 64, "heads": 4, "layers": 2}
+        return cls(**{**size, **changes})
+
 
 class PerceiverDenoiser(nn.Module):
     """g_φ(s_mask | s_unmask, c) of Eq. (4).
@@ -196,12 +202,21 @@ class PerceiverDenoiser(nn.Module):
             visible, masked: positions (B, V) and (B, M); V may be 0.
             condition: projected [CLS] (plus local tokens in the ablation), (B, T, D).
         Returns: logits (B, M, K), in the order of `masked`.
+        Raises: ValueError where codes or condition have another shape.
         """
-        seen = self.code_in(take(codes, visible)) + self.position[visible]  # (B, V, D)
+        config = self.config
+        grid, width = (config.side**2, config.code_width), config.width
+        if codes.ndim != 3 or codes.shape[1:] != grid:
+            raise ValueError(f"codes: expected (B, {grid[0]}, {grid[1]}), got {tuple(codes.shape)}")
+        if condition.ndim != 3 or condition.shape[2] != width:
+            raise ValueError(f"condition: expected (B, T, {width}), got {tuple(condition.shape)}")
+        # F.embedding, not self.position[…]: the gradient of an index adds up in any order when a
+        # CPU has several threads, and the same seed would give another run.
+        seen = self.code_in(take(codes, visible)) + F.embedding(visible, self.position)  # (B, V, D)
         start = self.start_token.expand(len(codes), 1, -1)
         c = self.conditioner(torch.cat([start, seen], dim=1), condition)  # (B, 1+V, D)
-        queries = self.mask_token + self.position[masked]  # (B, M, D)
-        if self.config.learnt_latents:
+        queries = self.mask_token + F.embedding(masked, self.position)  # (B, M, D)
+        if config.learnt_latents:
             latents = self.latents.expand(len(codes), -1, -1)  # (B, L, D)
             for layer in self.layers:
                 latents = layer(latents, c)
@@ -280,7 +295,7 @@ def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 if __name__ == "__main__":  # the whole file in a dozen lines, on random numbers
-    small = PerceiverDenoiserConfig(codes=256, code_width=32, side=8, width=64, heads=4, layers=2)
+    small = PerceiverDenoiserConfig.small()
     denoiser, tokens = PerceiverDenoiser(small), small.side**2
     indices = torch.randint(small.codes, (2, tokens))  # what a VQ-GAN would give
     codebook, condition = torch.randn(small.codes, small.code_width), torch.randn(2, 1, small.width)
