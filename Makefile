@@ -12,8 +12,8 @@ PY = $(VENV)/bin/python
 demo: $(VENV)/.core
 	$(PY) train.py --name demo --stage1_steps 800 --stage2_steps 300
 	$(PY) train.py --name demo-perceiver --denoiser perceiver --stage1_steps 1500 --stage2_steps 450
-	$(PY) eval_mmvp.py --model toy/clip.safetensors --model runs/demo/enhanced --model runs/demo-perceiver/enhanced
-	@echo "pictures: runs/demo/samples, runs/demo-perceiver/samples, runs/demo-perceiver/eval"
+	$(PY) eval_mmvp.py --model toy/clip.safetensors --model runs/demo --model runs/demo-perceiver
+	@echo "pictures: runs/demo/samples, runs/demo-perceiver/samples, runs/demo/eval, runs/demo-perceiver/eval"
 
 test: $(VENV)/.test
 	$(PY) -m ruff check .

@@ -2,8 +2,7 @@
 we?
 
     python eval_mmvp.py         toy benchmark: original and newest enhanced model
-    python eval_mmvp.py --benchmark MMVP_VLM --model ViT-L-14-quickgelu:openai \\
-        --model runs/NAME/enhanced
+    python eval_mmvp.py --benchmark MMVP_VLM --model ViT-L-14-quickgelu:openai --model runs/NAME
     python eval_mmvp.py --benchmark winoground.json --model … --template "{}"
 
 Nine patterns, pairs of images that differ in one of them, one statement per image (Tong et al.;
@@ -13,30 +12,37 @@ not everything. Chance is 25 %. Other sets of look-alikes come as JSON
 (evaluation/pairsets.py).
 
 What is printed beside the percentage decides whether it means anything. MMVP-VLM has 135 pairs: one
-pair is 0.74 points, the standard error at 32 % is 4.0. Hence hits and n, a Wilson 95 % interval,
-for before/after the exact McNemar test, which looks only at the pairs whose verdict changed, and a
-line where two models differ by less than the noise. MMVP does not notice when image and text tower
-drift apart (only two images compete), so the toy run shows what it cost in the same breath; for
-real models eval_zeroshot.py does.
+pair is 0.74 points, the standard error at 32 % is 4.0. Hence n, the 95 % interval of the change,
+the exact McNemar test, which looks only at the pairs whose verdict changed, and a line where two
+models differ by less than the noise. MMVP does not notice when image and text tower drift apart
+(only two images compete), so the toy run shows what it cost in the same breath; for real models
+eval_zeroshot.py does.
 """
 
-import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from torch import Tensor
 
-from evaluation.encoder import Encoder, cache_folder, load_encoders, open_picture
+from evaluation import report, results
+from evaluation.changed import changed_picture
+from evaluation.encoder import (
+    Encoder,
+    cache_folder,
+    check_pictures,
+    in_turn,
+    load_encoders,
+    name_models,
+)
 from evaluation.pairsets import Item, PairSet, apply_doubts, read_pair_set
-from evaluation.scoring import MMVP_PATTERNS, markdown, noise_line, plain_table, score, summarise
+from evaluation.scoring import MMVP_PATTERNS, similarities, summarise, verdicts
+from settings import settings_of_run
 from toy import benchmark as toy
 from util.cli import parse_settings, run_command, setting
-from util.files import write_atomically
-from util.pictures import labelled_rows
 
 # Tab. 1 as printed: original, DIVA and GenHancer per pattern in the paper's order, and the average.
 # Each pattern has 15 pairs, so 6.7 points are one pair. (SigLIP's 13.0 is the paper's rounding.)
@@ -77,188 +83,233 @@ PAPER = {
 # ------------------------------------------------------------------------------------------------
 # Evaluations
 # ------------------------------------------------------------------------------------------------
-def evaluate_toy(
-    encoders: list[Encoder], per_pattern: int, seed: int, out: Path
-) -> tuple[dict, str]:
-    """Unmentioned and mentioned subjects, retention, pictures. Returns results and their text.
+@dataclass
+class Part:
+    """One task, asked of every model about the same items."""
 
-    Args: per_pattern: pairs per pattern and side; seed: which benchmark; out: folder of pictures.
+    label: str
+    """its line in the summary, its key in the JSON, and part of its picture's name"""
+    title: str
+    """over its tables"""
+    rows: list[dict]
+    """of scoring.summarise: a row per pattern and the average"""
+    items: list[Item] = field(default_factory=list)
+    """what can be looked at (K); none for figures without pictures"""
+    task: str = ""
+    """one of scoring.margins"""
+    similarity: dict[str, Tensor] = field(default_factory=dict)
+    """model → (K, texts, pictures)"""
+
+    def changed(self, first: str, other: str) -> dict[str, list[str]]:
+        """Names of the items that `other` won and lost against `first`."""
+        before, after = (verdicts(self.similarity[name])[self.task] for name in (first, other))
+        sides = {"won": ~before & after, "lost": before & ~after}
+        return {k: [self.items[i].name for i in np.flatnonzero(m)] for k, m in sides.items()}
+
+
+@dataclass
+class Found:
+    """All that an evaluation has found out."""
+
+    title: str
+    """over the summary"""
+    parts: list[Part] = field(default_factory=list)
+    features: dict[str, dict] = field(default_factory=dict)
+    """toy: model → probe by pattern, cosine to the first model's features"""
+    prompts: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """task → prompt → model → average, if there is more than one prompt"""
+
+
+def part_of(label: str, title: str, items: list[Item], task: str, found: dict) -> Part:
+    """A part from similarities; found: model → (K, texts, pictures)."""
+    hits = {name: verdicts(similarity)[task] for name, similarity in found.items()}
+    rows = summarise([item.category for item in items], hits)
+    return Part(label, title, rows, items, task, found)
+
+
+def evaluate_toy(encoders: list[Encoder], per_pattern: int = 100, seed: int = 0) -> Found:
+    """Unmentioned and mentioned subjects, and what it cost.
+
+    Args: per_pattern: pairs per pattern and side; seed: which benchmark.
     """
-    results, text = {}, []
+    found = Found("Toy benchmark, percent right")
     # What CLIP was blind to, then what it could see already and must not lose.
     for side, mentioned in (("unmentioned", False), ("mentioned", True)):
         items = toy.pairs(mentioned, per_pattern, seed)
-        hits = {
-            encoder.name: score(encoder, items, toy.TEMPLATE)["text-to-image"]
-            for encoder in tqdm(encoders, f"{side} pairs", leave=False)
+        similarity = {
+            encoder.name: similarities(encoder, items, toy.TEMPLATE)
+            for encoder in in_turn(encoders, f"{side} pairs")
         }
-        results[side] = summarise([item.category for item in items], hits)
-        text.append(markdown(f"Toy benchmark, {side} subjects", results[side]))
-        text += noise_line(results[side][-1])
-        changed_pictures(items, hits, out, f"changed_{side}")
+        title = f"toy benchmark, {side} subjects"
+        found.parts.append(part_of(side, title, items, "text-to-image", similarity))
     # The pairs would not notice if image and text tower had drifted apart together with the whole
     # set; naming the subject among eight does.
     scenes = toy.held_out_scenes(seed)
-    measured = {e.name: toy.retention(e, scenes) for e in tqdm(encoders, "retention", leave=False)}
+    measured = {e.name: toy.retention(e, scenes) for e in in_turn(encoders, "retention")}
     zero_shot = {name: m["zero_shot"] for name, m in measured.items()}
-    results["subject_zero_shot"] = summarise(["Subject"] * len(scenes), zero_shot)[:1]
-    title = "Retention: zero-shot accuracy on the subject"
-    text.append(markdown(title, results["subject_zero_shot"]))
+    rows = summarise(["Subject"] * len(scenes), zero_shot)[:1]
+    title = "retention, naming the subject among eight"
+    found.parts.append(Part("subject zero-shot", title, rows))
     # Is the information in the features at all (probe), and how far have they moved (cosine)?
-    first = measured[encoders[0].name]
+    first = measured[encoders[0].name]["features"]
     for name, m in measured.items():
-        probe = 100 * float(np.mean(list(m["probe"].values())))
-        cosine = float(F.cosine_similarity(first["features"], m["features"]).mean())
-        results.setdefault("features", {})[name] = {"probe": m["probe"], "cosine_to_first": cosine}
-        text.append(
-            f"{name}: linear probe of the nine attributes on unmentioned subjects {probe:.1f} %, "
-            f"mean cosine to the first model's features {cosine:.4f}\n"
-        )
-    return results, "\n".join(text)
+        cosine = float(F.cosine_similarity(first, m["features"]).mean())
+        found.features[name] = {"probe": m["probe"], "cosine_to_first": cosine}
+    return found
 
 
 def evaluate(
-    encoders: list[Encoder], pair_set: PairSet, templates: list[str], doubts: str, out: Path
-) -> tuple[dict, str]:
-    """A pair set: every task it allows, sensitivity to the prompt, doubts, pictures.
+    encoders: list[Encoder], pair_set: PairSet, templates: list[str], doubts: str = ""
+) -> Found:
+    """A pair set: every task it allows, sensitivity to the prompt, doubts.
 
     Args:
         templates: the first one counts; more show how far the wording moves the score.
         doubts: a file of labels known to be doubtful ("" for none). Both figures are given: nothing
             is corrected silently.
-        out: folder of the pictures.
-    Returns: results, and their text.
     """
-    results, text = {}, []
+    found = Found(f"{pair_set.name}, percent right; prompt {templates[0]!r}")
+    kept = apply_doubts(pair_set.items, doubts) if doubts else []
     # Two images and one image are different tasks, with different chance: never one table.
-    for paired in (True, False):
+    for kind, paired in (("pairs", True), ("single images", False)):
         items = [item for item in pair_set.items if item.paired == paired]
         if not items:
             continue
-        title = f"{pair_set.name}, {len(items)} {'pairs' if paired else 'single images'}"
-        found, more = _evaluate_kind(encoders, items, templates, title, out)
-        results |= found
-        text += more
-        if doubts:  # the same again without them; the first prompt will do
-            kept = apply_doubts(items, doubts)
-            title += f"; without {len(items) - len(kept)} in doubt, {doubts} applied"
-            found, more = _evaluate_kind(encoders, kept, templates[:1], title, None)
-            results |= {f"{task}, doubts applied": rows for task, rows in found.items()}
-            text += more
-    return results, "\n".join(text)
+        asked = {
+            template: {e.name: similarities(e, items, template) for e in in_turn(encoders, kind)}
+            for template in templates
+        }
+        first = asked[templates[0]]
+        # The same again without doubtful labels; the first prompt will do.
+        without = [item for item in kept if item.paired == paired]
+        again = {e.name: similarities(e, without, templates[0]) for e in encoders if without}
+        # "text-to-image" is MMVP's rule and comes first; others are Winoground's.
+        for task in verdicts(first[encoders[0].name]):
+            # A set may hold both kinds, and this task is asked of both.
+            label = task if paired else f"{task}, one image"
+            title = f"{pair_set.name}, {len(items)} {kind}, {task}"
+            more = f"prompt {templates[0]!r}; one is {100 / len(items):.2f} points"
+            found.parts.append(part_of(label, f"{title}; {more}", items, task, first))
+            if again:
+                title += f", without {len(items) - len(without)} in doubt ({doubts})"
+                part = part_of(f"{label}, doubts applied", title, without, task, again)
+                found.parts.append(Part(part.label, part.title, part.rows))  # not to look at
+            if len(templates) > 1:
+                found.prompts[label] = {
+                    template: {n: 100 * float(verdicts(s)[task].mean()) for n, s in models.items()}
+                    for template, models in asked.items()
+                }
+    return found
 
 
-def _evaluate_kind(
-    encoders: list[Encoder], items: list[Item], templates: list[str], title: str, out: Path | None
-) -> tuple[dict, list[str]]:
-    """Items of one kind. Returns rows by task, and lines of text. No pictures where out is None."""
-    results, text = {}, []
-    categories = [item.category for item in items]
-    verdicts = {
-        t: {e.name: score(e, items, t) for e in tqdm(encoders, "pairs", leave=False)}
-        for t in templates
-    }
-    # "text-to-image" is MMVP's rule and comes first; "image-to-text" and "group" are Winoground's.
-    for task in next(iter(verdicts[templates[0]].values())):
-        hits = {name: tasks[task] for name, tasks in verdicts[templates[0]].items()}
-        rows = results[task] = summarise(categories, hits)
-        point = f"one is {100 / len(items):.2f} points"
-        text.append(markdown(f"{title}, {task}; prompt {templates[0]!r}; {point}", rows))
-        text += noise_line(rows[-1])
-        # Which pairs changed can be looked up and looked at; a percentage cannot.
-        changed = {}
-        (first, before), *others = hits.items()
-        for name, after in others:
-            won = [items[i].name for i in np.flatnonzero(~before & after)]
-            lost = [items[i].name for i in np.flatnonzero(before & ~after)]
-            changed[name] = {"won": won, "lost": lost}
-            if out and len(won) + len(lost) <= 60:
-                text.append(
-                    f"{name} against {first}: won {' '.join(won) or 'none'}; "
-                    f"lost {' '.join(lost) or 'none'}\n"
-                )
-        results[f"{task}, changed"] = changed
-        if out:
-            suffix = "" if task == "text-to-image" else f"_{task}"
-            changed_pictures(items, hits, out, f"changed{suffix}")
-        if len(templates) > 1:
-            averages = {
-                name: [100 * float(verdicts[t][name][task].mean()) for t in templates]
-                for name in hits
-            }
-            results[f"{task}, by prompt"] = {"templates": templates, **averages}
-            text.append(_prompt_table(task, templates, averages))
-    return results, text
+# ------------------------------------------------------------------------------------------------
+# Saying it
+# ------------------------------------------------------------------------------------------------
+def text_of(found: Found, names: list[str], wide: bool = False) -> str:
+    """Some of the models, the first among them, in tables: the summary first.
+
+    Args: wide: one table per task with everything about every model, instead of one per model.
+    """
+    first, others = names[0], names[1:]
+    parts = {part.label: report.only(part.rows, names) for part in found.parts}
+    cosine = {name: about["cosine_to_first"] for name, about in found.features.items()}
+    averages = {f"**{label}**": rows[-1] for label, rows in parts.items()}
+    text = [report.legend(names), report.summary(found.title, averages, cosine)]
+    groups = [others] if wide else [[name] for name in others or [first]]
+    for group in groups:
+        for part in found.parts:
+            rows = parts[part.label]
+            if wide:
+                text.append(report.wide_table(part.title, "pattern", rows))
+            else:
+                text.append(report.pair_table(part.title, "pattern", rows, group[0]))
+            for name in group:
+                text.append(report.noise_line(rows[-1], name))
+                # Which pairs changed can be looked up; a percentage cannot. (The toy's pairs have
+                # no files to look up.)
+                if name != first and part.items and not found.features:
+                    text.append(_changed_line(part, first, name))
+    text += [_prompt_table(task, asked, names) for task, asked in found.prompts.items()]
+    if found.features:
+        probes = [
+            f"{letter} {100 * float(np.mean(list(found.features[name]['probe'].values()))):.1f} %"
+            for name, letter in report.letters(names).items()
+        ]
+        said = "Linear probe of the nine attributes on unmentioned subjects: " + ", ".join(probes)
+        text.append(report.wrapped(said))
+    return "\n".join(line for line in text if line)
 
 
-def _prompt_table(task: str, templates: list[str], averages: dict[str, list[float]]) -> str:
+def _changed_line(part: Part, first: str, other: str) -> str:
+    """The pairs won and lost by name, where they are few enough to be read."""
+    sides = part.changed(first, other)
+    if sum(map(len, sides.values())) > 60:
+        return ""
+    said = "; ".join(f"{side} {' '.join(names) or 'none'}" for side, names in sides.items())
+    first, other = (report.shorten(name, report.NAME) for name in (first, other))
+    return report.wrapped(f"{other} against {first}: {said}")
+
+
+def _prompt_table(task: str, asked: dict[str, dict[str, float]], names: list[str]) -> str:
     """How far the wording of the prompt moves the average: often as far as a method."""
-    rows = [["prompt", *averages]]
-    for i, template in enumerate(templates):
-        rows.append([f"`{template}`", *(f"{values[i]:.1f}" for values in averages.values())])
-    rows.append(["spread, max − min", *(f"{max(v) - min(v):.1f}" for v in averages.values())])
-    return plain_table(f"Sensitivity to the prompt, {task}", rows)
+    columns = [[averages[name] for averages in asked.values()] for name in names]
+    rows = [["prompt", *report.letters(names).values()]]
+    for template, averages in asked.items():
+        rows.append([f"`{template}`", *(f"{averages[name]:.1f}" for name in names)])
+    rows.append(["spread, max − min", *(f"{max(values) - min(values):.1f}" for values in columns)])
+    return report.plain_table(f"Sensitivity to the prompt, {task}", rows)
 
 
 def paper_table(models: list[str]) -> str:
-    """Tab. 1's own rows for the backbones among `models` ("" if there is none). An enhanced
-    model's backbone is in its run's config.json."""
-    rows = [["paper, Tab. 1", *MMVP_PATTERNS, "Average"]]
-    known = []
-    for model in models:
-        config = Path(model).parent / "config.json"
-        if config.is_file():
-            model = json.loads(config.read_text()).get("settings", {}).get("clip", "")
-        if model in PAPER and model not in known:
-            known.append(model)
-            for method, row in zip(("original", "DIVA", "GenHancer"), PAPER[model], strict=True):
-                rows.append([f"{model} {method}", *row.split()])
-    return plain_table("The paper's figures (135 pairs)", rows) if known else ""
+    """Tab. 1's own rows for the backbones among `models` ("" if there is none), one table each. An
+    enhanced model's backbone is in its run's config.json."""
+    tables = []
+    for backbone in dict.fromkeys(map(backbone_of, models)):
+        if backbone not in PAPER:
+            continue
+        columns = [["paper, Tab. 1", *MMVP_PATTERNS, "Average"]]
+        for method, row in zip(("original", "DIVA", "GenHancer"), PAPER[backbone], strict=True):
+            columns.append([method, *row.split()])
+        lines = [list(line) for line in zip(*columns, strict=True)]
+        tables.append(report.plain_table(f"The paper's figures for {backbone} (135 pairs)", lines))
+    return "\n".join(tables)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures of what changed
-# ------------------------------------------------------------------------------------------------
-def changed_pictures(items: list[Item], hits: dict[str, np.ndarray], out: Path, name: str) -> None:
-    """One picture for every model but the first; from the third on, its name is in the file's."""
-    (_, before), *others = hits.items()
-    for number, (model, after) in enumerate(others):
-        suffix = f"_{model.replace('/', '_')}" if number else ""
-        changed_picture(items, before, after, out / f"{name}{suffix}.png")
+def backbone_of(model: str) -> str:
+    """What a run's enhanced model was before; any other model is its own backbone."""
+    try:
+        return settings_of_run(Path(model).parent).clip
+    except (OSError, ValueError):
+        return model
 
 
-def changed_picture(
-    items: list[Item], before: np.ndarray, after: np.ndarray, path: Path, most: int = 5
-) -> None:
-    """Items won and lost, with images and captions: at most `most` of each, one per pattern.
-
-    Args: before, after: verdicts, bool (K,). Nothing is written where nothing changed.
-    """
-    rows = []
-    changes = {
-        "won: wrong before, right after": ~before & after,
-        "lost: right before, wrong after": before & ~after,
-    }
-    for label, mask in changes.items():
-        shown, tiles, captions = set(), [], []
-        for i in np.flatnonzero(mask):
-            # Sets without categories call everything "all": there, any item is its own kind.
-            item, kind = items[i], items[i].category if items[i].category != "all" else i
-            if kind in shown or len(shown) == most:
-                continue
-            shown.add(kind)
-            tiles += [as_tile(image) for image in item.images]
-            texts = item.captions[: len(item.images)]
-            captions += [text if len(text) < 21 else text[:19] + "…" for text in texts]
-        if tiles:
-            rows.append((f"{label} ({int(mask.sum())} pairs)", tiles, captions))
-    if rows:
-        labelled_rows(rows, path, height=128)
+def figures(found: Found, names: list[str]) -> dict:
+    """All of it for programs: label → rows, and what else was found."""
+    first, others = names[0], names[1:]
+    content: dict = {}
+    for part in found.parts:
+        content[part.label] = report.only(part.rows, names)
+        if part.items:
+            changed = {name: part.changed(first, name) for name in others}
+            content[f"{part.label}, changed"] = changed
+    if found.features:
+        content["features"] = {name: found.features[name] for name in names}
+    for label, asked in found.prompts.items():
+        content[f"{label}, by prompt"] = {
+            prompt: {name: averages[name] for name in names} for prompt, averages in asked.items()
+        }
+    return content
 
 
-def as_tile(picture) -> torch.Tensor:
-    """(3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(open_picture(picture))).permute(2, 0, 1) / 255
+def pictures(found: Found, first: str, other: str, stem: Path) -> list[Path]:
+    """Pairs won and lost, a file a task; returns those that were written."""
+    files = []
+    for part in found.parts:
+        if part.items:
+            path = results.with_ending(stem, f"-changed-{results.slug(part.label)}.png")
+            before, after = part.similarity[first], part.similarity[other]
+            files += changed_picture(part.items, before, after, part.task, path)
+    return files
 
 
 # ------------------------------------------------------------------------------------------------
@@ -271,8 +322,9 @@ class Settings:
     benchmark: str = setting("toy")
     """'toy', an MMVP-VLM folder, or a JSON file in the format of evaluation/pairsets.py"""
     model: tuple[str, ...] = setting(())
-    """open_clip NAME:TAG or NAME:FILE, FILE.safetensors, an enhanced FOLDER or one in transformers'
-    layout; repeat to compare with the first; none: the toy CLIP and the newest enhanced model"""
+    """open_clip NAME:TAG or NAME:FILE, FILE.safetensors, a run (runs/NAME), an open_clip FOLDER or
+    one in transformers' layout; repeat to compare with the first; none: the toy CLIP and the newest
+    enhanced model"""
     template: tuple[str, ...] = setting(())
     """prompt with {} for the statement; none: the set's own, 'a photo of {}' for MMVP; repeat to
     see how far the wording moves the score"""
@@ -282,7 +334,10 @@ class Settings:
     runs: str = setting("runs")
     """where enhanced models are looked for"""
     out: str = setting("")
-    """where results go; empty: eval/ beside the last model"""
+    """where results go, as DIR/MODEL/BENCHMARK-vs-FIRST.md, .json and pictures, for every model but
+    the first; empty: RUNS/NAME/eval/ for enhanced models, RUNS/eval/MODEL/ for others"""
+    wide: bool = setting(False)
+    """print one table per task with everything about all models, however wide"""
     pairs: int = setting(100, at_least=1)
     """toy: pairs per pattern and side"""
     seed: int = setting(0, at_least=0)
@@ -306,36 +361,56 @@ def main() -> None:
     """Mistakes first, models next: a wrong path should not cost the minutes of loading them."""
     settings = command_line()
     pair_set = None if settings.benchmark == "toy" else read_pair_set(settings.benchmark)
-    models = settings.model or toy.default_models(Path(settings.runs))
-    last = Path(models[-1])  # results belong beside the run that they are about
-    beside = last.parent if last.is_dir() else Path(settings.runs)
-    out = Path(settings.out) if settings.out else beside / "eval"
+    if settings.doubts:
+        apply_doubts(pair_set.items, settings.doubts)
+    chosen = settings.model or toy.default_models(Path(settings.runs))
+    models = name_models(chosen)
+    folders = results.folders_of(models, settings.out, settings.runs)
+    if pair_set is not None:
+        check_pictures(image for item in pair_set.items for image in item.images)
+    if not settings.model:
+        print(f"newest enhanced model: {chosen[-1]}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoders = load_encoders(models, device, cache_folder(settings.cache, settings.runs))
-    if not settings.model:
-        encoders[0].name, encoders[1].name = "original", "enhanced"
+    cache = cache_folder(settings.cache, settings.runs)
+    encoders = load_encoders(list(models.values()), device, cache)
     start = time.time()
     if pair_set is None:
-        results, text = evaluate_toy(encoders, settings.pairs, settings.seed, out)
+        found = evaluate_toy(encoders, settings.pairs, settings.seed)
+        # A quick look at few pairs should not take the place of the real thing.
+        other = f"-seed{settings.seed}" * (settings.seed != 0)
+        what = f"toy{other}" + f"-{settings.pairs}pairs" * (settings.pairs != 100)
+        asked = {"seed": settings.seed, "pairs": settings.pairs}
     else:
         templates = list(settings.template) or [pair_set.template]
-        results, text = evaluate(encoders, pair_set, templates, settings.doubts, out)
-        text += "\n" + paper_table(models) if pair_set.name == "MMVP-VLM" else ""
+        found = evaluate(encoders, pair_set, templates, settings.doubts)
+        what = Path(settings.benchmark).resolve().name.removesuffix(".json")
+        asked = {"templates": templates, "doubts": results.identity(settings.doubts)}
+    # What tells this evaluation from others is kept apart from what may differ on another day.
     about = {
         "benchmark": settings.benchmark,
-        "seed": settings.seed,
-        "models": {e.name: m for e, m in zip(encoders, models, strict=True)},
         "date": time.strftime("%Y-%m-%d"),
         "device": str(device),
         "torch": torch.__version__,
         "seconds": round(time.time() - start, 1),
     }
-    print(text)  # the same tables for eyes and README; all figures for programs
-    write_atomically(out / "mmvp.json", json.dumps({**about, **results}, indent=1))
-    write_atomically(out / "mmvp.md", text)
-    pictures = " and pictures of the pairs that changed" if len(encoders) > 1 else ""
-    print(f"written: {out}/mmvp.json, mmvp.md{pictures}")
+    asked = {"command": "eval_mmvp.py", "benchmark": results.identity(settings.benchmark), **asked}
+
+    def said(names: list[str], wide: bool = False) -> str:
+        known = pair_set is not None and pair_set.name == "MMVP-VLM"
+        paper = paper_table([models[name] for name in names]) if known else ""
+        return text_of(found, names, wide) + ("\n" + paper if paper else "")
+
+    # Tables for eyes and README, all figures for programs, pictures of what changed: for each model
+    # its own. They are written before anything is printed, since whoever reads the first lines and
+    # closes the pipe ends the command.
+    files = []
+    for names, stem, evaluation in results.reports(models, folders, what, asked):
+        content = {"evaluation": evaluation, **about, **figures(found, names)}
+        files += results.write(stem, content, said(names))
+        files += pictures(found, names[0], names[-1], stem) if len(names) > 1 else []
+    print(said(list(models), settings.wide))
+    print(results.written(files))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ the *change* and the exact McNemar test.
 Letters: K pictures, T texts, C classes, d width of the joint space.
 """
 
-import csv
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +30,21 @@ import torch
 import torch.nn.functional as F
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
-from tqdm import tqdm
 
 from data import SUFFIXES
-from evaluation.encoder import Encoder, cache_folder, load_encoders
-from evaluation.scoring import mcnemar, paired_interval, plain_table, ridge_probe, wilson_interval
+from evaluation import report, results
+from evaluation.captions import Captions, read_captions
+from evaluation.encoder import (
+    Encoder,
+    cache_folder,
+    check_pictures,
+    in_turn,
+    load_encoders,
+    name_models,
+)
+from evaluation.scoring import compared, ridge_probe
 from toy import benchmark as toy
 from util.cli import parse_settings, run_command, setting
-from util.files import write_atomically
 
 # CIFAR-100, SUN397, Cars and ImageNet are four of the nine sets of Tab. 3.
 DATASETS = ("cifar100", "sun397", "cars", "imagenet")
@@ -125,7 +130,7 @@ def class_texts(encoder: Encoder, names: list[str], templates: list) -> Tensor:
     Averaging over many wordings takes away what is peculiar to each: OpenAI's recipe for Tab. 3's
     kind of figures. Returns: (C, d).
     """
-    texts = [t(name) if callable(t) else t.format(name) for name in names for t in templates]
+    texts = [t(name) if callable(t) else t.replace("{}", name) for name in names for t in templates]
     each = encoder.texts(texts).view(len(names), len(templates), -1)  # (C, templates, d)
     return F.normalize(each.mean(1), dim=-1)
 
@@ -143,93 +148,8 @@ def prompts(kind: str) -> list:
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures with captions
+# What a model is asked
 # ------------------------------------------------------------------------------------------------
-@dataclass
-class Captions:
-    """Pictures and their captions."""
-
-    title: str
-    """what a table calls them"""
-    pictures: list[Path]
-    """K of them"""
-    texts: list[str]
-    """all captions of all pictures (T)"""
-    owner: np.ndarray
-    """number of each caption's picture, int (T,)"""
-
-
-def read_captions(source: str, images: str) -> Captions:
-    """The four formats named at the top of this file.
-
-    Args: images: folder of the pictures, if not the file's own.
-    Raises: FileNotFoundError or ValueError naming what is missing or of another shape.
-    """
-    file = Path(source)
-    if not file.is_file():
-        raise FileNotFoundError(f"--captions {source}: no such file")
-    folder = Path(images) if images else file.parent
-    shape = ValueError(
-        f"--captions {source}: none of the known formats: a list of {{file, captions}}, COCO's "
-        "{images, annotations}, Karpathy's {images: [{filename, sentences}]}, or a csv "
-        "image|number|comment"
-    )
-    if file.suffix == ".csv":
-        found = _captions_csv(file, shape)
-    else:
-        try:
-            found = _captions_json(json.loads(file.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"--captions {source} is not JSON ({error})") from None
-        except (KeyError, TypeError, AttributeError):
-            raise shape from None
-    found = {name: texts for name, texts in found.items() if texts}
-    if not found:
-        raise shape
-    pictures = [folder / name for name in found]
-    missing = next((p for p in pictures if not p.is_file()), None)
-    if missing:
-        raise FileNotFoundError(
-            f"--captions {source}: picture {missing} is missing; say where they are with --images"
-        )
-    texts = [text for group in found.values() for text in group]
-    owner = np.repeat(np.arange(len(found)), [len(group) for group in found.values()])
-    return Captions(file.stem, pictures, texts, owner)
-
-
-def _captions_json(content) -> dict[str, list[str]]:
-    """File name → its captions.
-
-    Raises: KeyError, TypeError or AttributeError where `content` has another shape.
-    """
-    if isinstance(content, list):  # ours
-        return {entry["file"]: list(entry["captions"]) for entry in content}
-    if "annotations" in content:  # COCO
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        found: dict[str, list[str]] = {name: [] for name in names.values()}
-        for annotation in content["annotations"]:
-            found[names[annotation["image_id"]]].append(annotation["caption"].strip())
-        return found
-    return {  # Karpathy's split: only its test part
-        image["filename"]: [s["raw"] for s in image["sentences"]]
-        for image in content["images"]
-        if image.get("split", "test") == "test"
-    }
-
-
-def _captions_csv(file: Path, shape: ValueError) -> dict[str, list[str]]:
-    """Flickr30k's results.csv: ``image_name| comment_number| comment``."""
-    found: dict[str, list[str]] = {}
-    with open(file, newline="", encoding="utf-8-sig") as handle:
-        for number, row in enumerate(csv.reader(handle, delimiter="|", quoting=csv.QUOTE_NONE)):
-            if number == 0 and "image" in row[0]:
-                continue
-            if len(row) < 3:
-                raise shape
-            found.setdefault(row[0].strip(), []).append("|".join(row[2:]).strip())
-    return found
-
-
 def retrieval_hits(images: Tensor, texts: Tensor, owner: np.ndarray) -> dict[str, np.ndarray]:
     """Was the right one among the k nearest?
 
@@ -249,14 +169,11 @@ def retrieval_hits(images: Tensor, texts: Tensor, owner: np.ndarray) -> dict[str
     return hits | {f"text@{k}": rivals < k for k in AT}
 
 
-# ------------------------------------------------------------------------------------------------
-# What a model is asked
-# ------------------------------------------------------------------------------------------------
 def classify(encoders: list[Encoder], classes: Classes, templates: list) -> dict[str, dict]:
     """Hits per picture by model and task: "top-1" and "top-5" where there are more than 5
     classes."""
     found = {}
-    for encoder in tqdm(encoders, classes.title, leave=False):
+    for encoder in in_turn(encoders, classes.title):
         features = encoder.images(classes.pictures)  # (K, d)
         scores = features @ class_texts(encoder, classes.names, templates).T  # (K, C)
         own = scores[torch.arange(len(scores)), torch.from_numpy(classes.labels)]
@@ -323,7 +240,7 @@ def verdicts(
                 task: found for answers in asked for task, found in answers[name].items()
             }
     for group in captions:
-        for encoder in tqdm(encoders, group.title, leave=False):
+        for encoder in in_turn(encoders, group.title):
             images, texts = encoder.images(group.pictures), encoder.texts(group.texts)
             for task, found in retrieval_hits(images, texts, group.owner).items():
                 hits[encoder.name][f"{group.title} {task}"] = found
@@ -335,27 +252,38 @@ def verdicts(
 # ------------------------------------------------------------------------------------------------
 def compare(hits: dict[str, dict[str, np.ndarray]]) -> list[dict]:
     """Model → task → verdicts, as rows: one per task, every model against the first."""
-    first, rows = next(iter(hits)), []
-    for task in hits[first]:
-        n = len(hits[first][task])
-        row = {"task": task, "n": n, "models": {}}
-        for name in hits:
-            count = int(hits[name][task].sum())
-            low, high = wilson_interval(count, n)
-            entry = {"percent": 100 * count / n, "interval": [100 * low, 100 * high]}
-            if name != first:
-                won, lost, p = mcnemar(hits[first][task], hits[name][task])
-                low, high = paired_interval(won, lost, n)
-                entry |= {
-                    "change": 100 * (won - lost) / n,
-                    "change_interval": [100 * low, 100 * high],
-                    "won": won,
-                    "lost": lost,
-                    "p": p,
-                }
-            row["models"][name] = entry
-        rows.append(row)
-    return rows
+    tasks = next(iter(hits.values()))
+    return [
+        {
+            "task": task,
+            "n": len(verdict),
+            "models": compared({name: answers[task] for name, answers in hits.items()}),
+        }
+        for task, verdict in tasks.items()
+    ]
+
+
+def text_of(
+    rows: list[dict], moved: dict[str, dict], names: list[str], n: int, wide: bool = False
+) -> str:
+    """Some of the models, the first among them, in tables no wider than a terminal.
+
+    Args:
+        moved: of `drift`, on n pictures.
+        wide: Tab. 3's layout with everything in one table instead of one per model.
+    """
+    rows, (first, *others) = report.only(rows, names), names
+    text, title = [report.legend(names)], "retention, percent right"
+    if wide:
+        text.append(table3(rows))
+    else:
+        if len(others) > 1:  # one beside the other; two models fit into the table below
+            cosine = {name: about["features"] for name, about in moved.items()}
+            by_task = {row["task"]: row for row in rows}
+            text.append(report.summary(title.capitalize(), by_task, cosine))
+        text += [report.pair_table(title, "task", rows, name) for name in others or [first]]
+    lines = drift_text({name: moved[name] for name in others}, first, n).splitlines()
+    return "\n".join(text + [report.wrapped(line) for line in lines if line])
 
 
 def table3(rows: list[dict]) -> str:
@@ -373,7 +301,7 @@ def table3(rows: list[dict]) -> str:
             cells.append(f"{m['change']:+.1f} [{low:+.1f}, {high:+.1f}]")
             tests.append(f"{m['won']}/{m['lost']}, {m['p']:.2g}")
         table += [cells, tests]
-    return plain_table("Retention (Tab. 3's layout), percent", table)
+    return report.plain_table("Retention (Tab. 3's layout), percent", table, width=None)
 
 
 def drift_text(found: dict[str, dict], first: str, n: int) -> str:
@@ -415,7 +343,10 @@ class Settings:
     runs: str = setting("runs")
     """where enhanced models are looked for"""
     out: str = setting("")
-    """where results go; empty: RUNS/eval"""
+    """where results go, as DIR/MODEL/zeroshot-SETS-vs-FIRST.md and .json, for every model but the
+    first; empty: RUNS/NAME/eval/ for enhanced models, RUNS/eval/MODEL/ for others"""
+    wide: bool = setting(False)
+    """print Tab. 3's layout with everything about all models in one table, however wide"""
     cache: str = setting("")
     """where features are kept; empty: RUNS/features; 'none': nowhere"""
 
@@ -436,35 +367,53 @@ def main() -> None:
     templates = prompts(settings.template)
     sets = [read_classes(source, settings.root) for source in settings.classify]
     captions = [read_captions(source, settings.images) for source in settings.captions]
-    models = settings.model or toy.default_models(Path(settings.runs))
+    for group in (sets, captions):  # a task is named after its set
+        titles = [s.title for s in group]
+        if len(set(titles)) < len(titles):
+            raise ValueError(f"two of {', '.join(titles)} have the same name: rename one")
+    chosen = settings.model or toy.default_models(Path(settings.runs))
+    models = name_models(chosen)
+    folders = results.folders_of(models, settings.out, settings.runs)
+    pictures = [p for s in [*sets, *captions] for p in s.pictures]
+    check_pictures(pictures)
+    if not settings.model:
+        print(f"newest enhanced model: {chosen[-1]}")
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoders = load_encoders(models, device, cache_folder(settings.cache, settings.runs))
+    cache = cache_folder(settings.cache, settings.runs)
+    encoders = load_encoders(list(models.values()), device, cache)
     words = any(encoder.info.words for encoder in encoders)
     if words and settings.template.startswith("imagenet"):
         templates = [toy.TEMPLATE]  # the toy's vocabulary knows no other
     start = time.time()
     # Verdicts per picture first: every figure and every test below is made of them.
     rows = compare(verdicts(encoders, sets, captions, templates, settings.probe))
-    pictures = [p for s in [*sets, *captions] for p in s.pictures]
     # Drift over all pictures at once; it needs neither classes nor captions.
     moved = drift(encoders, pictures, settings.layers) if len(encoders) > 1 else {}
-    # The same in words, then everything for programs.
-    text = table3(rows) + "\n" + drift_text(moved, encoders[0].name, len(pictures))
     about = {
-        "models": {e.name: m for e, m in zip(encoders, models, strict=True)},
         "template": templates if words else settings.template,
         "date": time.strftime("%Y-%m-%d"),
         "device": str(device),
         "torch": torch.__version__,
         "seconds": round(time.time() - start, 1),
-        "rows": rows,
-        "drift": moved,
     }
-    out = Path(settings.out or Path(settings.runs) / "eval")
-    print(text)
-    write_atomically(out / "zeroshot.json", json.dumps(about, indent=1))
-    write_atomically(out / "zeroshot.md", text)
-    print(f"written: {out}/zeroshot.json, zeroshot.md")
+    asked = {
+        "command": "eval_zeroshot.py",
+        **{
+            k: [results.identity(s) for s in getattr(settings, k)] for k in ("classify", "captions")
+        },
+        **{k: results.identity(getattr(settings, k)) for k in ("root", "images")},
+        **{k: getattr(settings, k) for k in ("template", "probe", "layers")},
+    }
+    what = "zeroshot-" + "+".join(s.title for s in [*sets, *captions])
+    # The same in words, then everything for programs: for each model its own.
+    files = []
+    for names, stem, evaluation in results.reports(models, folders, what, asked):
+        found = {"rows": report.only(rows, names), "drift": {n: moved[n] for n in names[1:]}}
+        text = text_of(rows, moved, names, len(pictures))
+        files += results.write(stem, {"evaluation": evaluation, **about, **found}, text)
+    print(text_of(rows, moved, list(models), len(pictures), settings.wide))
+    print(results.written(files))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Enhanced CLIP → transformers layout (LLaVA and friends), and back.
 
-    python export_hf.py --model runs/toy/enhanced --out enhanced-hf     open_clip → transformers
-    python export_hf.py --model enhanced-hf --out enhanced-oc           transformers → open_clip
+    python export_hf.py --model runs/toy --out toy-hf       a run's result → transformers
+    python export_hf.py --model toy-hf --out toy-oc         and back: transformers → open_clip
+
+--model takes a folder in either layout, a run's folder, FILE.safetensors with FILE.json (an
+open_clip config) beside it, open_clip's NAME:TAG, or NAME:FILE, that model with weights of yours.
 
 Both libraries hold the same numbers, under other names and sometimes in other shapes. So no model
 is run here: tensors are renamed and reshaped by the tables below, and going there and back returns
@@ -24,18 +27,22 @@ This module imports nothing of this project: copy it freely.
 
 import argparse
 import json
+import logging
 import os
-import shutil
-import sys
+import re
 from pathlib import Path
 
 import open_clip
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 OURS = "open_clip_config"  # key in config.json under which the way back is kept
+MEAN, STD = list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD)
+PREPROCESS = {  # what a kind was trained with, where nothing says otherwise
+    "clip": {"mean": MEAN, "std": STD, "resize_mode": "shortest"},
+    "siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"},
+}
 
 # -- Which tensor becomes which ------------------------------------------------------------------
 # What happens to tensors on their way: open_clip → transformers, and transformers → open_clip.
@@ -43,7 +50,7 @@ CHANGES = {
     "same": (lambda *x: x, lambda *x: x),
     "transpose": (lambda x: [x.T], lambda x: [x.T]),  # (D, E) ↔ (E, D)
     "unbatch": (lambda x: [x[0]], lambda x: [x[None]]),  # (1, N, D) ↔ (N, D)
-    "vector": (lambda x: [x.reshape(1)], lambda x: [x.reshape(())]),  # () ↔ (1,)
+    "vector": (lambda *x: [i.reshape(1) for i in x], lambda *x: [i.reshape(()) for i in x]),
     # (3·D, …) ↔ three of (D, …). A bias is packed as a matrix is, hence the dots.
     "split": (lambda qkv: qkv.chunk(3), lambda q, k, v: [torch.cat([q, k, v])]),
     # (D, …) and (2·D, …) ↔ (3·D, …)
@@ -57,36 +64,31 @@ BLOCK = (
     ("same", "attn.out_proj.*", "attn.proj.*", "self_attn.out_proj.*"),
     ("same", "mlp.{c_fc,c_proj}.*", "mlp.{fc1,fc2}.*", "mlp.{fc1,fc2}.*"),
 )
-# Outside of the blocks: the change, the name in open_clip, the name in transformers. There,
-# positions are an nn.Embedding, which adds ".weight" to their name.
+# Outside of the blocks: the change, the name in open_clip, the name in transformers.
+TEXT = "text_model.embeddings.{token,position}_embedding.weight"
 CLIP = (
     ("same", "visual.class_embedding", "vision_model.embeddings.class_embedding"),
     ("same", "visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
     ("same", "visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
     ("transpose", "visual.proj", "visual_projection.weight"),
-    ("same", "token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
-    ("same", "positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("same", "{token_embedding.weight,positional_embedding}", TEXT),
     ("transpose", "text_projection", "text_projection.weight"),
     ("same", "logit_scale", "logit_scale"),
-    ("same", "visual.ln_pre.*", "vision_model.pre_layrnorm.*"),  # the missing "e" is theirs
-    ("same", "visual.ln_post.*", "vision_model.post_layernorm.*"),
+    ("same", "visual.ln_{pre,post}.*", "vision_model.{pre_layrnorm,post_layernorm}.*"),  # sic
     ("same", "ln_final.*", "text_model.final_layer_norm.*"),
 )
 SIGLIP = (
     ("unbatch", "visual.trunk.pos_embed", "vision_model.embeddings.position_embedding.weight"),
     ("same", "visual.trunk.attn_pool.latent", "vision_model.head.probe"),  # the learned query
-    ("same", "text.token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
-    ("same", "text.positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    ("vector", "logit_scale", "logit_scale"),
-    ("vector", "logit_bias", "logit_bias"),
+    ("same", "text.{token_embedding.weight,positional_embedding}", TEXT),
+    ("vector", "logit_{scale,bias}", "logit_{scale,bias}"),
     ("pack", "visual.trunk.attn_pool.{q,kv}.*", "vision_model.head.attention.in_proj_*"),
     ("same", "visual.trunk.patch_embed.proj.*", "vision_model.embeddings.patch_embedding.*"),
     ("same", "visual.trunk.norm.*", "vision_model.post_layernorm.*"),
     ("same", "visual.trunk.attn_pool.proj.*", "vision_model.head.attention.out_proj.*"),
     ("same", "visual.trunk.attn_pool.norm.*", "vision_model.head.layernorm.*"),
     ("same", "visual.trunk.attn_pool.mlp.{fc1,fc2}.*", "vision_model.head.mlp.{fc1,fc2}.*"),
-    ("same", "text.ln_final.*", "text_model.final_layer_norm.*"),
-    ("same", "text.text_projection.*", "text_model.head.*"),
+    ("same", "text.{ln_final,text_projection}.*", "text_model.{final_layer_norm,head}.*"),
 )
 # By transformers' model_type: the table, and where open_clip keeps the blocks of each tower.
 TOWERS = ("vision_model", "text_model")
@@ -113,19 +115,15 @@ def _names(pattern: str) -> list[str]:
 
 
 def rules_for(model: nn.Module) -> list[tuple[str, list[str], list[str]]]:
-    """The tables, written out for one model.
-    Args: model: as open_clip builds it; the meta device will do.
+    """The tables, written out for one model as open_clip builds it; the meta device will do.
     Returns: a change, its names in open_clip and its names in transformers, rule by rule.
-    Raises: ValueError as `kind_of`.
-    """
+    Raises: ValueError as `kind_of`."""
     rows, *towers = KINDS[kind_of(model)]
-    rows = list(rows)
     for blocks, tower in zip(towers, TOWERS, strict=True):
         for i in range(len(model.get_submodule(blocks))):
-            here, there = f"{blocks}.{i}", f"{tower}.encoder.layers.{i}"
             for change, plain, timm, theirs in BLOCK:
                 ours = timm if "trunk" in blocks else plain  # open_clip's word for a timm model
-                rows.append((change, f"{here}.{ours}", f"{there}.{theirs}"))
+                rows += ((change, f"{blocks}.{i}.{ours}", f"{tower}.encoder.layers.{i}.{theirs}"),)
     return [
         (change, _names(ours.replace("*", part)), _names(theirs.replace("*", part)))
         for change, ours, theirs in rows
@@ -138,13 +136,11 @@ def convert(state: dict[str, Tensor], rules: list, export: bool) -> dict[str, Te
     in silence, and the copy would be another model.
     Args: state: tensors by name; rules: those of `rules_for`; export: open_clip → transformers?
     Returns: tensors by their new names, contiguous: safetensors stores no transposed views.
-    Raises: ValueError naming a tensor that is missing or left over.
-    """
+    Raises: ValueError naming a tensor that is missing or left over."""
     state, result = dict(state), {}
     for change, ours, theirs in rules:
         here, there = (ours, theirs) if export else (theirs, ours)
-        missing = next((name for name in here if name not in state), None)
-        if missing:
+        if missing := next((name for name in here if name not in state), None):
             raise ValueError(f"tensor {missing} is missing; is this a whole CLIP or SigLIP?")
         parts = CHANGES[change][0 if export else 1](*(state.pop(name) for name in here))
         result |= {n: part.contiguous() for n, part in zip(there, parts, strict=True)}
@@ -153,27 +149,25 @@ def convert(state: dict[str, Tensor], rules: list, export: bool) -> dict[str, Te
     return result
 
 
-# -- Configurations ------------------------------------------------------------------------------
-def build_empty(about: dict, folder: Path) -> nn.Module:
+def build_empty(about: dict, source: str) -> nn.Module:
     """The model that open_clip would build, on the meta device: all modules, but no memory.
-    Args: about: the open_clip config; folder: where it comes from, for the error.
-    Raises: ValueError if half of the config is missing.
-    """
+    Raises: ValueError if half of the config is missing, or describes nothing that is known."""
     if "vision_cfg" not in about.get("model_cfg", {}) or "preprocess_cfg" not in about:
-        raise ValueError(f"{folder}: the open_clip config has no model_cfg and preprocess_cfg")
+        raise ValueError(f"{source}: the open_clip config has no model_cfg and preprocess_cfg")
     settings = dict(about["model_cfg"])
     # The one key that is no argument: it says that the text tower is a module of its own.
     build = open_clip.CustomTextCLIP if settings.pop("custom_text", False) else open_clip.CLIP
-    with torch.device("meta"):
-        return build(**settings)
+    try:
+        with torch.device("meta"):
+            return build(**settings)
+    except Exception as error:  # open_clip, timm and transformers raise many kinds
+        raise ValueError(f"{source}: open_clip cannot build it ({error!r:.200})") from None
 
 
 def activation_name(blocks: nn.Module) -> str:
     """transformers' name of the activation in the MLPs of a tower's blocks. The module is asked,
     for open_clip decides in several places: a switch for the whole model, arguments for one tower,
-    or timm's own list.
-    Raises: ValueError for others than GELUs.
-    """
+    or timm's own list. Raises: ValueError for others than GELUs."""
     _, activation, *_ = blocks[0].mlp.children()  # it follows the first layer in both libraries
     if type(activation).__name__ == "QuickGELU":  # x · sigmoid(1.702 x), in OpenAI's own weights
         return "quick_gelu"
@@ -186,8 +180,7 @@ def transformers_config(model: nn.Module, about: dict, state: dict[str, Tensor])
     """config.json. Nothing is left to transformers' defaults, which are those of other models.
     Args: model: as open_clip builds it; about: its open_clip config; state: the exported tensors.
     Returns: the file as a dict, with `about` inside, so that the way back need not be derived.
-    Raises: ValueError as `kind_of` and `activation_name`.
-    """
+    Raises: ValueError as `kind_of` and `activation_name`."""
     kind = kind_of(model)
     # model_type picks the class that reads this file, architectures the one that loads weights.
     whole = {"model_type": kind, "torch_dtype": "float32", OURS: about}
@@ -228,82 +221,64 @@ def transformers_config(model: nn.Module, about: dict, state: dict[str, Tensor])
 def open_clip_config(config: dict, folder: Path) -> dict:
     """The open_clip config of a transformers folder: ours if it came from here, else derived.
     Args: config: its config.json; folder: where preprocessor_config.json may be.
-    Raises: ValueError for another kind of model, an activation that open_clip has no switch for,
-        or a SigLIP of unknown size.
-    """
+    Raises: ValueError for another kind of model, activation, or size of a SigLIP."""
     if OURS in config:
         return config[OURS]
     kind = config.get("model_type")
     if kind not in KINDS:
         raise ValueError(f"{folder}: model_type {kind!r}; expected 'clip' or 'siglip'")
-    vision, text = config["vision_config"], config["text_config"]
-    if kind == "clip":
-        model_cfg = _clip_architecture(vision, text, folder)
-        model_cfg["embed_dim"] = config.get("projection_dim", 512)  # E
-        mean, std, mode = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "shortest"
-    else:
-        model_cfg = _siglip_architecture(vision, text, folder)
-        mean, std, mode = (0.5,) * 3, (0.5,) * 3, "squash"
-    if (file := folder / "preprocessor_config.json").is_file():
-        processor = _read(file)
-        mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
-    preprocess = {"mean": list(mean), "std": list(std), "resize_mode": mode}
+    model_cfg = (_clip_architecture if kind == "clip" else _siglip_architecture)(config, folder)
+    file, preprocess = folder / "preprocessor_config.json", dict(PREPROCESS[kind])
+    own = _read(file) if file.is_file() else {}
+    preprocess |= {k: own[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in own}
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
 
 
-def _clip_architecture(vision: dict, text: dict, folder: Path) -> dict:
-    """config.json describes a CLIP in full. What it leaves out equals transformers' defaults, the
-    sizes of ViT-B/32: they are the second argument of each `get`."""
+def _clip_architecture(config: dict, folder: Path) -> dict:
+    """A CLIP is described in full; what config.json leaves out is as in transformers' ViT-B/32."""
+    vision, text = config["vision_config"], config["text_config"]
     activation = vision.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         raise ValueError(f"{folder}: hidden_act {activation!r} has no switch in open_clip")
-    width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
-    return {
-        "quick_gelu": activation == "quick_gelu",  # one switch for both towers
-        "vision_cfg": {
-            "image_size": vision.get("image_size", 224),
-            "layers": vision.get("num_hidden_layers", 12),
-            "width": width,
-            # open_clip wants the width of a head for images, but the number of heads for text
-            "head_width": width // vision.get("num_attention_heads", 12),
-            "patch_size": vision.get("patch_size", 32),
-            "mlp_ratio": vision.get("intermediate_size", 3072) / width,
-        },
-        "text_cfg": {
-            "context_length": text.get("max_position_embeddings", 77),
-            "vocab_size": text.get("vocab_size", 49408),
-            "width": text_width,
-            "heads": text.get("num_attention_heads", 8),
-            "layers": text.get("num_hidden_layers", 12),
-            "mlp_ratio": text.get("intermediate_size", 2048) / text_width,
-        },
-    }
+    towers = []
+    names = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+    for part, sizes in (vision, (768, 12, 12, 3072)), (text, (512, 12, 8, 2048)):
+        width, layers, heads, hidden = map(part.get, names, sizes)
+        shape = {"width": width, "layers": layers, "heads": heads, "mlp_ratio": hidden / width}
+        towers.append(shape)
+    images, words = towers
+    # open_clip wants the width of a head for images, but the number of heads for text
+    images["head_width"] = images["width"] // images.pop("heads")
+    images["image_size"] = vision.get("image_size", 224)
+    images["patch_size"] = vision.get("patch_size", 32)
+    words["context_length"] = text.get("max_position_embeddings", 77)
+    words["vocab_size"] = text.get("vocab_size", 49408)
+    # E, and one switch of the activation for both towers
+    common = {"embed_dim": config.get("projection_dim", 512), "quick_gelu": activation != "gelu"}
+    return common | {"vision_cfg": images, "text_cfg": words}
 
 
-def _siglip_architecture(vision: dict, text: dict, folder: Path) -> dict:
+def _siglip_architecture(config: dict, folder: Path) -> dict:
     """A SigLIP also needs the timm name of its image tower, which no config.json tells. So it must
     have the sizes of a model that open_clip knows by name; the first one is taken."""
-    width, size = vision.get("hidden_size", 768), vision.get("image_size", 224)
+    vision, text = config["vision_config"], config["text_config"]
+    width, side = vision.get("hidden_size", 768), vision.get("image_size", 224)  # D equals E
     length, vocabulary = text.get("max_position_embeddings", 64), text.get("vocab_size", 32000)
     family = f"patch{vision.get('patch_size', 16)}_siglip"
     for name in open_clip.list_models():
         known = open_clip.get_model_config(name)
         trunk, words = known["vision_cfg"], known["text_cfg"]
-        images = known["embed_dim"], trunk.get("image_size")  # E equals D in SigLIP
-        tokens = words.get("context_length"), words.get("vocab_size")
-        if (images, tokens) == ((width, size), (length, vocabulary)) and family in str(trunk):
+        sizes = known["embed_dim"], trunk.get("image_size"), words.get("context_length")
+        wanted = sizes == (width, side, length) and words.get("vocab_size") == vocabulary
+        if wanted and family in str(trunk):
             return known
-    sizes = f"width {width}, {size} px and {length} text tokens"
-    raise ValueError(f"{folder}: no SigLIP in open_clip has {sizes}")
+    raise ValueError(f"{folder}: open_clip has no SigLIP {width} wide, {side} px, {length} tokens")
 
 
 def preprocessor_config(about: dict) -> dict:
     """preprocessor_config.json: how a picture becomes the tensor that the weights were trained on.
-    CLIP resizes the shorter side and crops the middle, SigLIP squashes to a square.
-    Args: about: the open_clip config.
-    """
-    side = about["model_cfg"]["vision_cfg"]["image_size"]
-    preprocess = about["preprocess_cfg"]
+    CLIP resizes the shorter side and crops the middle, SigLIP squashes to a square."""
+    side, preprocess = about["model_cfg"]["vision_cfg"]["image_size"], about["preprocess_cfg"]
     square = {"height": side, "width": side}
     if preprocess.get("resize_mode") == "squash":
         own = {"image_processor_type": "SiglipImageProcessor", "size": square}
@@ -313,24 +288,22 @@ def preprocessor_config(about: dict) -> dict:
     return {
         **own,
         **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
-        "resample": 3,  # bicubic
+        "resample": 2 if preprocess.get("interpolation") == "bilinear" else 3,  # 3: bicubic
         "rescale_factor": 1 / 255,  # bytes → 0 … 1
-        "image_mean": list(preprocess["mean"]),
-        "image_std": list(preprocess["std"]),
+        **{f"image_{key}": list(preprocess[key]) for key in ("mean", "std")},
     }
 
 
 def tokenizer_files(about: dict) -> tuple[dict[str, str | dict], str]:
     """CLIP's tokenizer, from the merges that open_clip ships. Other models get none: with a wrong
     tokenizer every sentence means something else, and no error tells.
-    Args: about: the open_clip config.
-    Returns: file name → content, and a line that says what they are or why there are none.
-    """
+    Returns: file name → content, and a line that says what they are or why there are none."""
     text = about["model_cfg"]["text_cfg"]
     if name := text.get("hf_tokenizer_name"):
-        return {}, f"not written: SigLIP's is a sentencepiece model; take it from {name}"
+        return {}, f"none is here; take that of {name}"
     if text["vocab_size"] != 49408:
-        return {}, f"not written: CLIP's has 49408 tokens, this model {text['vocab_size']}"
+        what = "whole words, listed in its open_clip config" if "words" in about else "unknown"
+        return {}, f"{what}; not CLIP's, which open_clip.get_tokenizer would give in silence"
     tokenizer = open_clip.SimpleTokenizer()
     start, end = "<|startoftext|>", "<|endoftext|>"  # OpenAI's spelling of the last two tokens
     rename = {"<start_of_text>": start, "<end_of_text>": end}
@@ -341,42 +314,67 @@ def tokenizer_files(about: dict) -> tuple[dict[str, str | dict], str]:
     return {
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
         "merges.txt": "\n".join(merges) + "\n",
-        "special_tokens_map.json": special,
         "tokenizer_config.json": {**details, **special},
-    }, "vocab.json, merges.txt"
+    }, "CLIP's own; AutoTokenizer and open_clip.get_tokenizer find it"
 
 
-# -- Folders -------------------------------------------------------------------------------------
-def export(source: Path, target: Path) -> list[str]:
-    """open_clip folder → transformers folder. All is checked before the first file is written.
-    Returns: lines that say what was written.
-    Raises: ValueError or OSError naming the file or the folder at fault.
-    """
-    about = _read(source / "open_clip_config.json")
-    state = _read(source / "open_clip_model.safetensors")
-    model = build_empty(about, source)
-    _fill(model, state, source)
-    tensors = convert(model.state_dict(), rules_for(model), export=True)
-    config = transformers_config(model, about, tensors)
-    tokenizer, line = tokenizer_files(about)
-    files = {"model.safetensors": tensors, "config.json": config, **tokenizer}
-    _write(source, target, {**files, "preprocessor_config.json": preprocessor_config(about)})
-    weights = f"{target / 'model.safetensors'}: {len(tensors)} tensors"
-    return [f"{weights}, {config['architectures'][0]}", f"tokenizer: {line}"]
+def model_card(library: str, source: str, code: str, about: dict) -> str:
+    """README.md: how to load the model with `library`, then what the card of `source` says, if it
+    has one. Paragraphs and code there that name the other library would be wrong now: left out.
+    Args: source: a spelling of --model, whose folder is not named; code: the line that loads."""
+    other = "open_clip" if library == "transformers" else "transformers"
+    path = Path(source).resolve()
+    name = (path.parent if path.name == "enhanced" else path).name  # a run has a name of its own
+    card, head = path / "README.md", "pipeline_tag: zero-shot-image-classification\n"
+    old = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if found := re.match(r"---\n(.*?\n)---\n", old, re.DOTALL):
+        head, old = re.sub(r"(?m)^library_name:.*\n", "", found[1]), old[found.end() :]
+    blocks = [f"---\nlibrary_name: {library}\n{head}---\n# {name}, converted for {library}"]
+    blocks += [f'```python\nimport {library}\n\n# "." is the folder of this file\n{code}\n```']
+    blocks += [f"Tokenizer ({library}): {tokenizer_files(about)[1]}."]
+    for number, part in enumerate(re.split(r"(?ms)^(```.*?^```)$", old)):  # text and code in turn
+        parts = [part] if number % 2 else re.split(r"\n\s*\n", part)
+        blocks += [block.strip("\n") for block in parts if block.strip() and other not in block]
+    return "\n\n".join(blocks) + "\n"
 
 
-def restore(source: Path, target: Path) -> list[str]:
-    """transformers folder → open_clip folder. Returns and raises as `export`."""
-    about, state, notes = read_transformers(source)
-    _write(source, target, {"open_clip_model.safetensors": state, "open_clip_config.json": about})
-    return [*notes, f"{target / 'open_clip_model.safetensors'}: {len(state)} tensors"]
+def read_open_clip(model: str) -> tuple[dict, nn.Module, list[str]]:
+    """A CLIP in any spelling of --model, but transformers' layout.
+    Returns: the open_clip config, the model, and lines that the user should read.
+    Raises: ValueError or OSError naming what is wrong."""
+    path, (name, _, tag) = Path(model), model.partition(":")
+    if path.is_dir() or name not in open_clip.list_models():
+        if not path.is_dir() and path.suffix != ".safetensors":
+            what = "no folder, no .safetensors file, no NAME:TAG of open_clip (ViT-B-32:openai)"
+            raise ValueError(f"{model}: {what}")
+        beside = "open_clip_config.json", "open_clip_model.safetensors"
+        files = map(path.joinpath, beside) if path.is_dir() else (path.with_suffix(".json"), path)
+        config, weights = files
+        about = _read(config)
+        return about, _fill(build_empty(about, model), _read(weights), model), []
+    about = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": {}}
+    empty = build_empty(about, name)
+    about["preprocess_cfg"] = dict(PREPROCESS[kind_of(empty)])
+    quick = about["model_cfg"].get("quick_gelu", False)
+    if Path(tag).suffix or Path(tag).is_file():  # no tag has a dot
+        note = f"note: {'QuickGELU' if quick else 'GELU'}, as {name} says: no weights can tell"
+        return about, _fill(empty, _read(Path(tag)), model), [note]
+    if not (known := open_clip.get_pretrained_cfg(name, tag)):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(f"{model}: open_clip has no weights {tag!r} of it, only {tags}")
+    if known.get("quick_gelu", False) != quick:
+        right = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
+        raise ValueError(f"{model} was trained with the other activation: use {right}:{tag}")
+    own = ("mean", "std", "resize_mode", "interpolation")
+    about["preprocess_cfg"] |= {key: known[key] for key in own if known.get(key)}
+    try:
+        return about, open_clip.create_model(name, pretrained=tag), []
+    except Exception as error:  # no network, a broken download, …: many kinds
+        raise ValueError(f"{model}: open_clip could not load it ({error!r:.200})") from None
 
 
 def read_transformers(source: Path) -> tuple[dict, dict[str, Tensor], list[str]]:
-    """A transformers folder as open_clip has it.
-    Returns: the open_clip config, the tensors, and lines that the user should read.
-    Raises: ValueError or OSError naming the file or the folder at fault.
-    """
+    """A transformers folder: as `read_open_clip`, but the tensors instead of a model."""
     config = _read(source / "config.json")
     if "vision_config" not in config:
         raise ValueError(f"{source}: config.json has no vision_config: not a whole CLIP or SigLIP")
@@ -388,91 +386,114 @@ def read_transformers(source: Path) -> tuple[dict, dict[str, Tensor], list[str]]
     # A SigLIP of open_clip's list brings timm's activation, which may not be this folder's.
     wanted = config["vision_config"].get("hidden_act")
     own = activation_name(model.get_submodule(KINDS[kind_of(model)][1]))
-    note = f"note: {source} was made with {wanted}, open_clip's tower uses {own}: features "
-    notes = [note + "differ a little"] if wanted and wanted != own else []
-    return about, model.state_dict(), notes
+    note = f"note: {source} has {wanted}, open_clip's tower {own}: features differ a little"
+    return about, model.state_dict(), [note] if wanted not in (None, own) else []
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """The tensors become the model's own; PyTorch refuses a wrong name or shape by itself."""
-    try:
-        model.load_state_dict(state, strict=True, assign=True)  # assign: meta cannot be copied to
+def _fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> nn.Module:
+    """The tensors become the model's own, in float32; PyTorch refuses a wrong name or shape."""
+    try:  # assign: meta cannot be copied to
+        model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
     except RuntimeError as error:  # its first line names a class, the others what is wrong
-        what = " ".join(str(error).partition("\n")[2].split())[:300]
-        raise ValueError(f"{source}: the weights do not fit the configuration: {what} …") from None
+        what = " ".join(str(error).partition("\n")[2].split())
+        raise ValueError(f"{source}: the weights do not fit the config: {what:.300} …") from None
+    return model
 
 
 def _read(file: Path) -> dict:
-    """A JSON or safetensors file. Raises: ValueError naming a file that is neither."""
+    """A JSON or weights file. Raises: OSError or ValueError, naming the file."""
+    kinds = {".json": "JSON", ".safetensors": "a whole safetensors file"}
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: a model needs config and weights")
     try:
-        return json.loads(file.read_text()) if file.suffix == ".json" else load_file(file)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from None
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error})") from None
+        if file.suffix in kinds:
+            return json.loads(file.read_bytes()) if file.suffix == ".json" else load_file(file)
+        # A pickle may run any program; `weights_only` lets in nothing but tensors.
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        state = content.get("state_dict", content)  # as training scripts leave it
+        return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    except Exception as error:  # all three raise many kinds
+        kind = kinds.get(file.suffix, "a file of tensors alone")
+        raise ValueError(f"{file} is not {kind} ({error!r:.200})") from None
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a transformers folder: one file, pieces that an index names, or a pickle."""
-    index, pickled = folder / "model.safetensors.index.json", folder / "pytorch_model.bin"
-    pieces = ["model.safetensors"]
-    if index.is_file():
-        pieces = sorted(set(_read(index)["weight_map"].values()))
-    elif pickled.is_file() and not (folder / pieces[0]).is_file():
-        try:  # a pickle may run any program; `weights_only` lets in nothing but tensors
-            return torch.load(pickled, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds
-            kind = type(error).__name__
-            raise ValueError(f"{pickled} cannot be read as tensors alone ({kind})") from None
-    # `.name`: an index may not point to other folders
-    return {k: v for piece in pieces for k, v in _read(folder / Path(piece).name).items()}
+    """All tensors of a transformers folder: one file (read last, it wins), pieces, or a pickle."""
+    pieces = [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors")]
+    pieces = pieces or [folder / "pytorch_model.bin"]
+    return {k: v for piece in pieces for k, v in _read(piece).items()}
 
 
-def _write(source: Path, target: Path, files: dict[str, str | dict]) -> None:
-    """Files by name, and the model card of `source`, if it has one.
+def export(model: str | Path, target: Path) -> list[str]:
+    """open_clip → transformers folder. All is checked before the first file is written.
+    Args: model: any spelling of --model, but transformers' layout.
+    Returns: lines that say what was written.
+    Raises: ValueError or OSError naming the file or the folder at fault."""
+    about, whole, notes = read_open_clip(str(model))
+    tensors = convert(whole.state_dict(), rules_for(whole), export=True)
+    config = transformers_config(whole, about, tensors)
+    (tokenizer, line), kind = tokenizer_files(about), config["architectures"][0]
+    load = f'model = transformers.{kind}.from_pretrained(".")'
+    card = model_card("transformers", str(model), load, about)
+    files = {"README.md": card, "preprocessor_config.json": preprocessor_config(about)}
+    _write(target, {"model.safetensors": tensors, "config.json": config, **files, **tokenizer})
+    weights = f"{target / 'model.safetensors'}: {len(tensors)} tensors, {kind}"
+    return [*notes, weights, f"tokenizer: {line}"]
 
-    Each is written under a temporary name and then renamed, which happens at once or not at all.
-    A run that is cut off thus leaves no half of a file that looks like a whole one.
-    """
+
+def restore(source: Path, target: Path) -> list[str]:
+    """transformers folder → open_clip folder. Returns and raises as `export`."""
+    about, state, notes = read_transformers(Path(source))
+    load = 'model, preprocess = open_clip.create_model_from_pretrained("local-dir:.")'
+    files = {"open_clip_model.safetensors": state, "open_clip_config.json": about}
+    _write(target, files | {"README.md": model_card("open_clip", str(source), load, about)})
+    return [*notes, f"{target / 'open_clip_model.safetensors'}: {len(state)} tensors"]
+
+
+def _write(target: Path, files: dict[str, str | dict]) -> None:
+    """Files by name. Each is written under a temporary name and then renamed, which happens at once
+    or not at all: a run that is cut off leaves no half of a file that looks like a whole one."""
     target.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         temporary = target / f"{name}.tmp{os.getpid()}"
         if name.endswith(".safetensors"):
+            temporary.touch()
+            mode = temporary.stat().st_mode  # the user's umask; safetensors lets its owner in only
             # transformers refuses tensors that do not say which framework wrote them
             save_file(content, temporary, {"format": "pt"})
+            temporary.chmod(mode)
         else:
             text = content if isinstance(content, str) else json.dumps(content, indent=1)
             temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, target / name)
-    if (source / "README.md").is_file():
-        shutil.copy(source / "README.md", target / "README.md")
 
 
 def main() -> None:
     """The command. Exit code 2 and one line for what the user can mend; a traceback is a bug."""
-    summary, example = __doc__.split("\n\n")[:2]
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, required=True, help="folder to read")
+    about, style = __doc__.split("\n\nBoth")[0], argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=style)
+    parser.error = lambda what: parser.exit(2, f"export_hf.py: {' '.join(what.split())}\n")
+    parser.add_argument("--model", required=True, help="what to read")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    ways = {"open_clip_config.json": export, "config.json": restore}
+    logging.disable(logging.ERROR)  # open_clip logs what it then raises
+    model = Path(args.model)
     try:
-        if not args.model.is_dir():
-            raise FileNotFoundError(f"no folder {args.model}")
-        if args.out.resolve() == args.model.resolve():
-            raise ValueError(f"--out {args.out} is --model: give another folder")
-        found = [way for name, way in ways.items() if (args.model / name).is_file()]
-        if not found:
-            names = " nor ".join(ways)
-            raise FileNotFoundError(f"{args.model} is no model folder: neither {names}")
-        print(*found[0](args.model, args.out), sep="\n")
+        layouts = "open_clip_config.json", "enhanced/open_clip_config.json", "config.json"
+        layout = next((name for name in layouts if (model / name).is_file()), "")
+        if model.is_dir() and not layout:
+            raise FileNotFoundError(f"{model} is no model folder: none of {', '.join(layouts)}")
+        model = model / "enhanced" if layout.startswith("enhanced") else model  # a run: its result
+        way = restore if layout == "config.json" else export
+        for source in (model, Path(args.model.rpartition(":")[2])):  # or the file of NAME:FILE
+            if source.exists() and source.resolve().is_relative_to(args.out.resolve()):
+                raise ValueError(f"--out {args.out} is --model, or holds it: give another folder")
+        print(*way(model, args.out), sep="\n")
     except (OSError, ValueError, KeyError, TypeError) as error:
         # a KeyError says the key and nothing else
-        what = f"{args.model}: {error} is missing" if isinstance(error, KeyError) else error
-        print(f"export_hf.py: {what}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(
+            f"{args.model}: {error} is missing" if isinstance(error, KeyError) else str(error)
+        )
 
 
 if __name__ == "__main__":

@@ -67,21 +67,21 @@ def timestep_density(t: Tensor, distribution: str = "logit-normal", scale: float
     """The density that `sample_timesteps` draws from, at times t strictly inside (0, 1); any shape.
 
     With u = logit(t)/s standard normal, the change of variables gives φ(u) · du/dt, and
-    du/dt = 1 / (s · t · (1 − t)).
+    du/dt = 1 / (s · t · (1 − t)). Raises: ValueError as `sample_timesteps`, and for other times.
     """
     _check_distribution(distribution, scale)
+    if not ((t > 0) & (t < 1)).all():
+        raise ValueError("timestep density: it is defined strictly between 0 and 1")
     if distribution == "uniform":
         return torch.ones_like(t)
     u = torch.logit(t) / scale
-    standard_normal = torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
-    return standard_normal / (scale * t * (1 - t))  # Fig. S1
+    normal = torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
+    return normal / (scale * t * (1 - t))  # Fig. S1
 
 
 def _check_distribution(distribution: str, scale: float) -> None:
     if distribution not in ("logit-normal", "uniform"):
-        raise ValueError(
-            f"timestep distribution {distribution!r}: expected 'logit-normal' or 'uniform'"
-        )
+        raise ValueError(f"timestep distribution {distribution!r}: 'logit-normal' or 'uniform'")
     if not scale > 0:
         raise ValueError(f"timestep scale {scale}: must be positive")
 
@@ -113,20 +113,29 @@ def flow_matching_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
 
 @torch.no_grad()
 def euler_sample(
-    velocity_of: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int = 25
+    velocity_of: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    steps: int = 25,
+    trajectory: bool = False,
 ) -> Tensor:
     """Follow the velocity from noise (t = 0) to data (t = 1) in equal Euler steps.
 
     Args:
         velocity_of: (x_t (B, ...), t (B,)) → velocity (B, ...); the denoiser with its condition
             filled in.
-        noise: (B, ...). Returns: the same shape.
+        noise: (B, ...).
+        trajectory: keep every point on the way.
+    Returns: the end, (B, ...), or all points from the noise on, (steps + 1, B, ...).
+    Raises: ValueError for less than one step.
     """
-    x = noise
+    if steps < 1:
+        raise ValueError(f"Euler: {steps} steps, expected at least 1")
+    points = [noise]
     for step in range(steps):
+        x = points[-1]
         t = torch.full((len(x),), step / steps, device=x.device, dtype=x.dtype)
-        x = x + velocity_of(x, t) / steps
-    return x
+        points.append(x + velocity_of(x, t) / steps)
+    return torch.stack(points) if trajectory else points[-1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -135,8 +144,7 @@ def euler_sample(
 def time_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
     """Sinusoids of 1000·t, cosines first. (B,) → (B, width).
 
-    The factor 1000 puts times in [0, 1] on the scale of the diffusion steps that these frequencies
-    were made for.
+    The factor 1000 puts times in [0, 1] on the scale that these frequencies were made for.
     """
     half = width // 2
     frequencies = torch.exp(
@@ -158,6 +166,15 @@ def rope_angles(positions: Tensor, axes: tuple[int, ...], theta: float) -> Tenso
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
         parts.append(positions[:, axis, None].double() * theta**-exponents)  # (N, width/2)
     return torch.cat(parts, dim=-1)  # (N, E/2)
+
+
+def rope_axes(head_width: int) -> tuple[int, int, int]:
+    """FLUX's proportions for another width of a head: 7/16 each for row and column, the rest is
+    unused. All are even, because features turn in pairs. Raises: ValueError for an odd width."""
+    if head_width % 2:
+        raise ValueError(f"denoiser: RoPE turns pairs, so a head of width {head_width} has no axes")
+    side = 2 * round(7 * head_width / 32)
+    return head_width - 2 * side, side, side
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -256,9 +273,8 @@ def plain_norm(width: int) -> nn.LayerNorm:
 
 
 def mlp(width: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
-    )
+    gelu = nn.GELU(approximate="tanh")
+    return nn.Sequential(nn.Linear(width, hidden), gelu, nn.Linear(hidden, width))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -357,8 +373,8 @@ class FlowDenoiserConfig:
     """m MM-DiT blocks (Tab. 5: 1, 2, 3, 4)"""
     single_blocks: int = 4
     """Single-DiT blocks, 2m in the paper"""
-    axes: tuple[int, ...] = (16, 56, 56)
-    """RoPE widths of (unused, row, column)"""
+    axes: tuple[int, ...] | None = None
+    """RoPE widths of (unused, row, column); None: FLUX's proportions, (16, 56, 56) of 128"""
     theta: float = 10_000.0
     """RoPE base"""
     vector_dim: int = 768
@@ -366,12 +382,22 @@ class FlowDenoiserConfig:
     context_dim: int = 4096
     """width of a context token"""
     guidance: bool = True
-    """FLUX.1-dev's guidance embedding, fed the constant 4.0 as in the official code: a learnt
-    bias"""
+    """FLUX.1-dev's guidance embedding, fed 4.0 as in the official code: a learnt bias"""
     flux_time: bool = False
     """weights were trained with FLUX's direction of time (see the top of this file)"""
     initialisation: str = "pytorch"
     """"pytorch": defaults, as the official code; "adaln-zero": gates and output start at zero"""
+
+    def __post_init__(self):
+        if self.axes is None:
+            object.__setattr__(self, "axes", rope_axes(self.width // self.heads))
+
+    @classmethod
+    def small(cls, **changes) -> "FlowDenoiserConfig":
+        """A shape for trials on a CPU: 0.7 M parameters. `changes`: fields by name."""
+        size = {"latent_channels": 4, "width": 96, "heads": 3, "double_blocks": 1}
+        size |= {"single_blocks": 2, "vector_dim": 64, "context_dim": 64, "guidance": False}
+        return cls(**{**size, **changes})
 
 
 class FlowDenoiser(nn.Module):
@@ -387,11 +413,9 @@ class FlowDenoiser(nn.Module):
         c = self.config = config
         if len(c.axes) != 3 or any(a % 2 or a < 0 for a in c.axes):
             raise ValueError(f"denoiser: RoPE axes {c.axes} must be three even numbers")
-        if c.width != c.heads * sum(c.axes):
-            raise ValueError(
-                f"denoiser: width {c.width} must be heads {c.heads} × sum of RoPE axes "
-                f"{sum(c.axes)}"
-            )
+        if c.width != c.heads * (axes := sum(c.axes)):
+            what = f"heads {c.heads} × sum of RoPE axes {axes}"
+            raise ValueError(f"denoiser: width {c.width} must be {what}")
         token = 4 * c.latent_channels
         self.img_in = nn.Linear(token, c.width)
         self.time_in = EmbeddingMLP(256, c.width)
@@ -417,9 +441,8 @@ class FlowDenoiser(nn.Module):
                 nn.init.zeros_(linear.weight)
                 nn.init.zeros_(linear.bias)
         elif self.config.initialisation != "pytorch":
-            raise ValueError(
-                f"initialisation {self.config.initialisation!r}: expected 'pytorch' or 'adaln-zero'"
-            )
+            name = self.config.initialisation
+            raise ValueError(f"initialisation {name!r}: expected 'pytorch' or 'adaln-zero'")
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, vector: Tensor) -> Tensor:
         """Velocity at x_t.
@@ -430,7 +453,9 @@ class FlowDenoiser(nn.Module):
             context: condition tokens (B, T, context_dim), all at position (0, 0, 0).
             vector: condition vector (B, vector_dim).
         Returns: velocity (B, C, h, w), pointing from noise to data.
+        Raises: ValueError where one of them has another shape.
         """
+        self._check(x_t, t, context, vector)
         h, w = x_t.shape[2] // 2, x_t.shape[3] // 2
         img = rearrange(x_t, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)  # (B, N, 4·C)
         img = self.img_in(img)  # (B, N, D)
@@ -451,6 +476,18 @@ class FlowDenoiser(nn.Module):
         out = self.final_layer(x[:, txt.shape[1] :], modulation)  # (B, N, 4·C)
         out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)  # (B, C, …)
         return -out if self.config.flux_time else out
+
+    def _check(self, x_t: Tensor, t: Tensor, context: Tensor, vector: Tensor) -> None:
+        c, batch, even = self.config, len(x_t), "any even"  # a token is 2×2 latents
+        expected = {"x_t": (batch, c.latent_channels, even, even), "t": (batch,)}
+        expected |= {"context": (batch, "any", c.context_dim), "vector": (batch, c.vector_dim)}
+        for (name, shape), x in zip(expected.items(), (x_t, t, context, vector), strict=True):
+            sizes = zip(shape, x.shape, strict=False)
+            if x.ndim != len(shape) or not all(
+                want in (have, "any") or (want == even and have % 2 == 0) for want, have in sizes
+            ):
+                words = str(shape).replace("'", "")
+                raise ValueError(f"{name}: expected {words}, got {tuple(x.shape)}")
 
     def _rope(self, h: int, w: int, context_tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for [context, image] tokens: ids (0, 0, 0) and (0, row, column)."""

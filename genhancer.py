@@ -39,11 +39,9 @@ VQ-GAN N tokens, M of them masked, K codes.
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor, nn
 
 import flow_denoiser as flow
@@ -75,11 +73,6 @@ class Paradigm(nn.Module):
             return encoder(images * 2 - 1)
         with torch.autocast(images.device.type, enabled=False):
             return encoder(images * 2 - 1)
-
-    @staticmethod
-    def to_pictures(decoded: Tensor) -> Tensor:
-        """[-1, 1] → [0, 1]."""
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 
 class Continuous(Paradigm):
@@ -149,18 +142,6 @@ class Continuous(Paradigm):
         predicted = self.denoiser(task["x_t"], task["t"], context, vector)  # (B, C, h, w)
         per_image = flow.flow_matching_loss(predicted, task["velocity"])  # Eq. (3); Alg. 1, line 7
         return {"per_image": per_image, "level": task["t"]}
-
-    def reconstruct(
-        self, images: Tensor, draws: dict, context: Tensor, vector: Tensor, steps: int = 25
-    ) -> dict[str, Tensor]:
-        """Rows of pictures (B, 3, H, W) in [0, 1] by label."""
-        condition = {"context": context, "vector": vector}
-        sample = flow.euler_sample(partial(self.denoiser, **condition), draws["noise"], steps)
-        kept = self.tokenizer.decode(self.tokenizer.encode(images * 2 - 1))
-        return {
-            "through the VAE and back: the best any denoiser could do": self.to_pictures(kept),
-            "drawn from noise, given [CLS] alone": self.to_pictures(self.tokenizer.decode(sample)),
-        }
 
 
 class Discrete(Paradigm):
@@ -232,38 +213,6 @@ class Discrete(Paradigm):
         per_image, accuracy = perceiver.masked_cross_entropy(logits, task["indices"], masked)
         level = torch.full_like(per_image, masked.shape[1] / self.tokens).detach()
         return {"per_image": per_image, "level": level, "accuracy": accuracy}
-
-    def reconstruct(
-        self,
-        images: Tensor,
-        draws: dict,
-        context: Tensor,
-        vector: None,
-        steps: int = 8,
-        ratio: float = 0.75,
-    ) -> dict[str, Tensor]:
-        """Rows of pictures (B, 3, H, W) in [0, 1] by label; `ratio` of the tokens are masked."""
-        indices = self.tokenize(images)["indices"]  # (B, N)
-        side, f = self.denoiser.config.side, self.tokenizer.config.downsampling
-        visible, _ = perceiver.split_positions(draws["order"], round(ratio * self.tokens))
-        known = torch.zeros_like(indices, dtype=torch.bool).scatter_(1, visible, True)  # (B, N)
-
-        def logits_of(indices: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-            return self.denoiser(self.codes(indices), visible, masked, context)
-
-        def fill(known: Tensor) -> Tensor:
-            noise = torch.Generator().manual_seed(0)
-            full = perceiver.parallel_decode(logits_of, indices, known, steps, generator=noise)
-            return self.to_pictures(self.tokenizer.decode(full))
-
-        kept = self.to_pictures(self.tokenizer.decode(indices))
-        shown = repeat(known, "b (h w) -> b 1 (h p) (w q)", h=side, p=f, q=f)  # (B, 1, H, W)
-        return {
-            "through the VQ-GAN and back: the best any denoiser could do": kept,
-            f"visible: {1 - ratio:.0%} of the tokens": torch.where(shown, kept, 0.5),
-            "completed, given the visible tokens and [CLS]": fill(known),
-            "drawn from nothing but [CLS]": fill(torch.zeros_like(known)),
-        }
 
 
 # ------------------------------------------------------------------------------------------------
@@ -393,6 +342,7 @@ class GenHancer(nn.Module):
             ratio each was taken at, "level" (B,), "accuracy" (B,) of a discrete denoiser, and
             "drift" (B,) where measured.
         """
+        self.check_images(images, values=draws is None)  # a training loop knows its images
         if draws is None:
             draws = self.draw_from(torch.randint(2**62, (len(images) + 1,)).tolist(), images.device)
         with torch.no_grad():
@@ -481,14 +431,16 @@ class GenHancer(nn.Module):
         tower = self.original if self.original is not None else self.visual
         return encode_visual(tower, self.normalise(images))[0]
 
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, seed: int = 0) -> dict[str, Tensor]:
-        """Rows of pictures (B, 3, H, W) in [0, 1] by label: the originals, and what the paradigm
-        makes of them."""
-        draws = self.draw_from([seed, *range(seed, seed + len(images))], images.device)
-        context, vector = self.condition(*self.encode(images), draws.get("local_order"))
-        rows = self.paradigm.reconstruct(images, draws, context, vector)
-        return {"original": images, **rows}
+    def check_images(self, images: Tensor, values: bool = False) -> None:
+        """Raises: ValueError unless (B, 3, H, W), floating point, at CLIP's resolution; and unless
+        in [0, 1], if asked for the values too (a GPU has to wait for them)."""
+        expected = (3, self.info.image_size, self.info.image_size)
+        if images.ndim != 4 or images.shape[1:] != expected or not images.is_floating_point():
+            got = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images: expected floats {('B', *expected)}, got {got}")
+        low, high = (float(x) for x in images.aminmax()) if values else (0, 1)
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"images: expected values in [0, 1], got {low:.2f} to {high:.2f}")
 
     def architecture(self) -> dict:
         """What a checkpoint must agree on before its tensors can be used here."""

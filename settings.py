@@ -1,11 +1,14 @@
 """Every setting of a run, each with the sentence that explains it.
 
-A field is a flag of train.py and its help is ``--help``. The defaults are the paper's full size
-(Sec. 5.1, App. B); a preset replaces some, and a flag given by hand wins over both. What the paper
-leaves open (both projectors, guidance, LoRA's biases, the crop) follows the official code.
+A field is a flag of train.py and its help is ``--help``. The defaults written at the fields are the
+paper's full size (Sec. 5.1, App. B); a preset replaces some, and what is given by hand wins over
+both. What the paper leaves open (both projectors, guidance, LoRA's biases, the crop) follows the
+official code. A line ``# -- title`` begins a group of ``--help all``.
 
-Four notes stand at a field where they apply, so that whoever adds a setting decides them there:
+These notes stand at a field where they apply, so that whoever adds a setting decides them there:
 
+    first=True          shown by the short ``--help``
+    at_least, at_most, above    bounds of a number
     only="flow"         one denoiser alone knows this setting; beside the other it is refused
     stage=2             it decides numbers of that stage only
     free=True           a resumed run may differ in it, since it changes no number of the run.
@@ -15,15 +18,17 @@ Four notes stand at a field where they apply, so that whoever adds a setting dec
     flux_decides=True   with --flux the weights file decides, so the flag would do nothing
 """
 
+import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from util.cli import check_bounds, setting
+from util.cli import check_bounds, nearest, setting
 
 TOY_DIR = Path(__file__).resolve().parent / "toy"
-# The six backbones of Tab. 1 by preset. "quickgelu" is not optional: OpenAI's and MetaCLIP's
-# weights were trained with that activation, and load into the other one without a murmur.
+# The six backbones of Tab. 1 by preset, and a small one. "quickgelu" is not optional: OpenAI's and
+# MetaCLIP's weights were trained with that activation, and load without a murmur into the other.
 BACKBONES = {
+    "openai-b32-224": "ViT-B-32-quickgelu:openai",
     "openai-l14-224": "ViT-L-14-quickgelu:openai",
     "openai-l14-336": "ViT-L-14-336-quickgelu:openai",
     "metaclip-l14-224": "ViT-L-14-quickgelu:metaclip_fullcc",
@@ -36,76 +41,85 @@ BACKBONES = {
 # ------------------------------------------------------------------------------------------------
 # The settings
 # ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Settings:
-    """One run, grouped by topic."""
+    """One run. What is not given comes from the preset, so that no combination is half of one.
 
-    preset: str = setting("toy", choices=("toy", *BACKBONES), free=True)
-    """named set of defaults; flags given by hand win"""
-    stage: str = setting("both", choices=("1", "2", "both"), free=True)
+    Raises: ValueError naming a setting that is unknown, out of bounds, or would do nothing.
+    """
+
+    # -- which run
+    preset: str = setting("toy", choices=("toy", *BACKBONES), free=True, first=True)
+    """named set of defaults; what is given by hand wins"""
+    stage: str = setting("both", choices=("1", "2", "both"), free=True, first=True)
     """which stage to run; 2 starts from stage 1 of the same run"""
-    name: str = setting("", free=True)
-    """run name, default: preset (and denoiser); everything goes to RUNS/NAME"""
-    runs: str = setting("runs", free=True)
+    name: str = setting("", free=True, first=True)
+    """run name, empty: preset (and denoiser); everything goes to RUNS/NAME"""
+    runs: str = setting("runs", free=True, first=True)
     """folder of all runs"""
     stage1_from: str = setting("", free=True)
-    """another run directory whose stage 1 to start stage 2 from (for ablations)"""
-    # What is looked at. One crop feeds CLIP and the tokenizer alike, at CLIP's resolution. Nearly
-    # all of the picture is kept, and it is never mirrored: "facing left" must stay true.
-    data: str = setting("", free=True)
+    """another run's folder whose stage 1 to start stage 2 from (for ablations)"""
+    # -- what is looked at
+    # One crop feeds CLIP and the tokenizer alike, at CLIP's resolution. Nearly all of the picture
+    # is kept, and it is never mirrored: "facing left" must stay true.
+    data: str = setting("", free=True, first=True)
     """folder or list of images, or tar shards (a folder of them, 'DIR/*.tar',
     'DIR/{00000..00331}.tar'); empty: the toy world's own scenes"""
     toy_images: int = setting(16384, at_least=1)
     """number of toy scenes, where --data is empty"""
-    crop_min: float = setting(0.9)
+    crop_min: float = setting(0.9, above=0, at_most=1)
     """smallest area of the random crop, as a share of the picture"""
     crop_white: bool = setting(False)
     """cut off white letterbox bars, as img2dataset's border resizing leaves them: the denoiser
     would learn to draw bars, and CLIP to name the aspect ratio"""
     cache: bool = setting(False)
     """hold images and frozen features in memory (small data sets only)"""
-    workers: int = setting(4, free=True)
+    workers: int = setting(4, at_least=0, at_most=1024, free=True)
     """processes that decode images, per rank"""
-    # The generation paradigm (Key Point #3; Tab. 6: 31.9 continuous, 28.9 discrete on OpenAI's
-    # L/14; the other way round on SigLIP at 224 px, 42.2 and 45.2).
-    denoiser: str = setting("flow", choices=("flow", "perceiver"))
+    # -- the generation paradigm (Key Point #3)
+    # Tab. 6: 31.9 continuous, 28.9 discrete on OpenAI's L/14; the other way round on SigLIP at
+    # 224 px, 42.2 and 45.2.
+    denoiser: str = setting("flow", choices=("flow", "perceiver"), first=True)
     """continuous: 'flow' on VAE latents; discrete: masked 'perceiver' on VQ-GAN indices"""
-    # The frozen parts. A VAE's activations are large enough to hurt in bf16, and rounding to codes
-    # would be another one: both stay in float32 unless memory says otherwise.
-    clip: str = setting("ViT-L-14-quickgelu:openai", free=True)
+    # -- what others trained
+    # A VAE's activations are large enough to hurt in bf16, and rounding to codes would be another
+    # one: both stay in float32 unless memory says otherwise.
+    clip: str = setting("ViT-L-14-quickgelu:openai", free=True, first=True)
     """CLIP: NAME:TAG of open_clip, FILE.safetensors or FOLDER"""
-    vae: str = setting("", only="flow", free=True)
+    vae: str = setting("", only="flow", free=True, first=True)
     """VAE weights, FLUX.1's ae.safetensors for the full size"""
     flux: str = setting("", only="flow", free=True)
     """FLUX.1's published transformer as a frozen denoiser (19 + 38 blocks, Tab. 7): stage 1 trains
     the projectors alone"""
-    vqgan: str = setting("", only="perceiver", free=True)
+    vqgan: str = setting("", only="perceiver", free=True, first=True)
     """VQ-GAN weights, taming's f16 for the full size (safetensors or ckpt)"""
     posterior: bool = setting(True, only="flow")
     """sample the VAE posterior (official code); --no-posterior takes its mean"""
     vae_fp32: bool = setting(True)
     """run the VAE or VQ-GAN in float32 even under bf16"""
-    # The condition (Key Point #1). Patch tokens make the denoiser's task easy and leave [CLS]
-    # nothing to learn.
-    local_ratio: float = setting(0.0)
-    """percent of patch tokens beside [CLS] in the condition (Fig. 5)"""
-    # The denoiser (Key Point #2.3; Tab. 5). Width, heads and RoPE axes are FLUX.1's, only depth
-    # differs: so the row "pretrained FLUX" of Tab. 7 is this network at depth 19 + 38.
+    # -- the condition (Key Point #1)
+    # Patch tokens make the denoiser's task easy and leave [CLS] nothing to learn.
+    local_ratio: float = setting(0.0, at_least=0, at_most=100)
+    """percentage of patch tokens beside [CLS] in the condition (Fig. 5)"""
+    # -- the denoiser (Key Point #2.3; Tab. 5)
+    # Width, heads and RoPE axes are FLUX.1's, only depth differs: so the row "pretrained FLUX" of
+    # Tab. 7 is this network at depth 19 + 38.
     blocks: int = setting(2, only="flow", at_least=1, flux_decides=True)
     """m: m MM-DiT and 2m Single-DiT blocks (Tab. 5)"""
     layers: int = setting(6, only="perceiver", at_least=1)
     """Perceiver layers: 2, 4, 6 or 8 in Tab. 5"""
     learnt_latents: int = setting(0, only="perceiver", at_least=0)
     """Perceiver latents: 0 is one per masked token, more is that many learnt ones"""
-    width: int = setting(3072, flux_decides=True)
+    width: int = setting(3072, at_least=1, flux_decides=True)
     """width D of the denoiser"""
-    heads: int = setting(24, flux_decides=True)
+    heads: int = setting(24, at_least=1, flux_decides=True)
     """attention heads"""
-    rope_axes: str = setting("16,56,56", only="flow", flux_decides=True)
-    """RoPE widths of (unused, row, column); their sum is D / heads"""
-    vector_dim: int = setting(768, only="flow", flux_decides=True)
+    rope_axes: str = setting("", only="flow", flux_decides=True)
+    """RoPE widths of (unused, row, column), like 16,56,56; their sum is D / heads; empty: FLUX's
+    proportions at that width"""
+    vector_dim: int = setting(768, only="flow", at_least=1, flux_decides=True)
     """width of the vector condition"""
-    context_dim: int = setting(4096, only="flow", flux_decides=True)
+    context_dim: int = setting(4096, only="flow", at_least=1, flux_decides=True)
     """width of the context condition"""
     guidance: bool = setting(True, only="flow", flux_decides=True)
     """FLUX.1-dev's guidance embedding (a learnt bias here)"""
@@ -113,28 +127,31 @@ class Settings:
         "pytorch", choices=("pytorch", "adaln-zero"), only="flow", flux_decides=True
     )
     """start of the denoiser's weights"""
-    # Timesteps (Key Point #2.2; Tab. 4): 31.9 with s = 1, 21.5 with uniform, on OpenAI's L/14
+    # -- timesteps (Key Point #2.2; Tab. 4)
+    # 31.9 with s = 1, 21.5 with uniform, on OpenAI's L/14
     time_distribution: str = setting(
         "logit-normal", choices=("logit-normal", "uniform"), only="flow"
     )
     """distribution of t"""
-    time_scale: float = setting(1.0, only="flow")
+    time_scale: float = setting(1.0, only="flow", above=0)
     """scale s of Eq. (6)"""
-    # Masks (Tab. S1): 28.9 with 50-90 % and with 70 %, 25.9 with 90 %, on OpenAI's L/14
-    mask_from: float = setting(0.5, only="perceiver")
+    # -- masks (Tab. S1)
+    # 28.9 with 50-90 % and with 70 %, 25.9 with 90 %, on OpenAI's L/14
+    mask_from: float = setting(0.5, only="perceiver", above=0, at_most=1)
     """smallest mask ratio"""
-    mask_to: float = setting(0.9, only="perceiver")
+    mask_to: float = setting(0.9, only="perceiver", above=0, at_most=1)
     """largest mask ratio; the same as the smallest: a fixed one"""
-    # Stage 1 and 2 (Key Point #2.1). 100 000 and 5 000 steps are those of the supplement on Fig. 1;
-    # Sec. 5.1 and App. B say one epoch each. 100 000 steps of 256 images are 8.5 epochs of CC3M.
-    # Stage 2's rate is a tenth, its steps a twentieth: the tower should move, a little.
-    stage1_steps: int = setting(100_000, stage=1, at_least=1)
+    # -- stage 1 and 2 (Key Point #2.1)
+    # 100 000 and 5 000 steps are those of the supplement on Fig. 1; Sec. 5.1 and App. B say one
+    # epoch each. 100 000 steps of 256 images are 8.5 epochs of CC3M. Stage 2's rate is a tenth, its
+    # steps a twentieth: the tower should move, a little.
+    stage1_steps: int = setting(100_000, stage=1, at_least=1, first=True)
     """steps of stage 1"""
-    stage1_lr: float = setting(1e-4, stage=1)
+    stage1_lr: float = setting(1e-4, stage=1, at_least=0)
     """learning rate of stage 1"""
-    stage2_steps: int = setting(5_000, stage=2, at_least=1)
+    stage2_steps: int = setting(5_000, stage=2, at_least=1, first=True)
     """steps of stage 2 (Fig. 1 i: 100 to 10 000)"""
-    stage2_lr: float = setting(1e-5, stage=2)
+    stage2_lr: float = setting(1e-5, stage=2, at_least=0)
     """learning rate of stage 2"""
     stage2_trains: str = setting("only", choices=("only", "all"), stage=2)
     """'only' the image tower, or 'all': denoiser and projectors too (Fig. S4)"""
@@ -144,42 +161,44 @@ class Settings:
     """how the tower learns (Fig. S2)"""
     lora_rank: int = setting(16, stage=2, at_least=1)
     """LoRA rank r"""
-    lora_alpha: float = setting(16.0, stage=2)
+    lora_alpha: float = setting(16.0, stage=2, above=0)
     """LoRA α; the update is scaled by α / r"""
-    lora_dropout: float = setting(0.1, stage=2)
+    lora_dropout: float = setting(0.1, stage=2, at_least=0, at_most=0.99)
     """dropout on the adapters' input"""
     lora_bias: str = setting("lora_only", choices=("lora_only", "none"), stage=2)
     """train the biases of adapted layers, or none"""
     lora_pool: bool = setting(False, stage=2)
     """adapters on the MLP of SigLIP's attention pool too (8.87 M parameters instead of 8.70)"""
-    drift_weight: float = setting(0.0, stage=2)
+    drift_weight: float = setting(0.0, stage=2, at_least=0)
     """λ of the drift term D(v, v0) = 1 − cos in Eq. (5); 0 is the paper"""
-    # The optimiser (App. B: 8 GPUs × 16 images × 2 accumulation steps = 256)
-    batch: int = setting(256, at_least=1)
+    # -- the optimiser (App. B)
+    # 8 GPUs × 16 images × 2 accumulation steps = 256
+    batch: int = setting(256, at_least=1, first=True)
     """global batch, over all ranks and accumulation steps"""
-    micro_batch: int = setting(16, at_least=1, free=True)
+    micro_batch: int = setting(16, at_least=1, free=True, first=True)
     """images per rank and forward pass; accumulation follows from it"""
     schedule: str = setting("constant", choices=("constant", "cosine"))
     """learning rate over a stage"""
     warmup: int = setting(0, at_least=0)
     """steps of linear warm-up"""
-    weight_decay: float = setting(0.01)
+    weight_decay: float = setting(0.01, at_least=0)
     """AdamW's weight decay"""
-    clip_grad: float = setting(1.0)
+    clip_grad: float = setting(1.0, above=0)
     """largest gradient norm"""
     zero: bool = setting(False, free=True)
     """share AdamW's moments out among the ranks (ZeRO stage 1); the same numbers"""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16"))
     """autocast; auto: bf16 on GPUs that have it, float32 on the CPU"""
-    seed: int = setting(0, at_least=0)
+    seed: int = setting(0, at_least=0, first=True)
     """seed of everything"""
-    # Before the run.
-    plan: bool = setting(False, free=True)
+    # -- before the run
+    plan: bool = setting(False, free=True, first=True)
     """print parameters, memory and FLOPs of the run instead of starting it"""
     gpus: int = setting(8, at_least=1, free=True)
     """GPUs that --plan counts with (under torchrun: as many as it starts)"""
-    # Leaving traces. Which checkpoint counts is decided before the run: the last. Picking the best
-    # of many on the benchmark would report the luck of the draw.
+    # -- traces
+    # Which checkpoint counts is decided before the run: the last. Picking the best of many on the
+    # benchmark would report the luck of the draw.
     log_every: int = setting(50, at_least=1, free=True)
     """steps per line of metrics.jsonl"""
     sample_every: int = setting(5_000, at_least=1, free=True)
@@ -188,6 +207,21 @@ class Settings:
     """steps between checkpoints"""
     keep: int = setting(2, at_least=1, free=True)
     """checkpoints to keep per stage"""
+    tensorboard: bool = setting(False, free=True)
+    """mirror metrics.jsonl into RUNS/NAME/tensorboard (pip install tensorboard)"""
+
+    def __init__(self, preset: str = "toy", **given):
+        if unknown := next((name for name in given if name not in names()), None):
+            raise ValueError(f"no setting {unknown!r}{nearest(unknown, names())}")
+        given = {"preset": preset, **given}
+        for name, value in {**usual(preset, given.get("denoiser", "flow")), **given}.items():
+            object.__setattr__(self, name, value)  # frozen for everybody else
+        check(self)
+
+    @classmethod
+    def of(cls, preset: str = "toy", **changes) -> "Settings":
+        """``Settings.of("toy", denoiser="perceiver", batch=8)``: a preset, and what differs."""
+        return cls(preset, **changes)
 
     def steps(self, stage: int) -> int:
         """Optimiser steps of a stage."""
@@ -196,6 +230,16 @@ class Settings:
     def micro(self, ranks: int) -> int:
         """Images per rank and forward pass: no more than a rank's share of the global batch."""
         return min(self.micro_batch, self.batch // ranks) or 1
+
+    def axes(self) -> tuple[int, ...] | None:
+        """`rope_axes` as numbers; None: the denoiser's own choice.
+        Raises: ValueError where they are none."""
+        try:
+            return tuple(int(a) for a in self.rope_axes.split(",")) if self.rope_axes else None
+        except ValueError:
+            raise ValueError(
+                f"--rope_axes {self.rope_axes!r}: expected three numbers like 16,56,56"
+            ) from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -208,11 +252,18 @@ class Settings:
 # original.
 TOY = {
     "clip": str(TOY_DIR / "clip.safetensors"),
-    "vae": str(TOY_DIR / "vae.safetensors"),
     "toy_images": 12_288,
     "cache": True,
     "workers": 0,
     "crop_min": 1.0,
+    "schedule": "cosine",
+    "warmup": 50,
+    "log_every": 20,
+    "sample_every": 700,
+    "save_every": 100,
+}
+TOY_FLOW = {
+    "vae": str(TOY_DIR / "vae.safetensors"),
     # one MM-DiT and two Single-DiT blocks, 192 wide: 3 M parameters on 16 tokens
     "blocks": 1,
     "width": 192,
@@ -224,22 +275,15 @@ TOY = {
     "initialisation": "adaln-zero",
     "batch": 64,
     "micro_batch": 64,
-    "schedule": "cosine",
-    "warmup": 50,
     "stage1_steps": 1400,
     "stage1_lr": 2e-3,
     "stage2_steps": 400,
     "stage2_lr": 7e-4,
     "drift_weight": 0.02,
-    "log_every": 20,
-    "sample_every": 700,
-    "save_every": 100,
 }
-# What a preset means with the discrete denoiser.
-PERCEIVER = {"width": 1024, "heads": 16}
-# Its toy: 64 tokens where the flow's has 16, so it is narrower (1.3 M parameters) and takes smaller
-# batches. A nat of cross-entropy weighs more than a unit of squared error, and so must the drift.
-PERCEIVER_TOY = {
+# 64 tokens where the flow's has 16, so it is narrower (1.3 M parameters) and takes smaller batches.
+# A nat of cross-entropy weighs more than a unit of squared error, and so must the drift.
+TOY_PERCEIVER = {
     "vqgan": str(TOY_DIR / "vqgan.safetensors"),
     "width": 128,
     "heads": 4,
@@ -252,20 +296,57 @@ PERCEIVER_TOY = {
     "stage2_lr": 9e-4,
     "drift_weight": 0.1,
 }
+# The full size's Perceiver is a twelfth of its flow denoiser.
+PERCEIVER = {"width": 1024, "heads": 16}
+# For people with photographs and one GPU of 12 GB or more: OpenAI's smallest ViT, a denoiser of
+# about 100 M parameters, batches of 64, and an epoch of CC3M. The rates are the paper's.
+ONE_GPU = {"batch": 64, "micro_batch": 64, "stage1_steps": 50_000, "sample_every": 2_500}
+ONE_GPU_FLOW = {"width": 1152, "heads": 9, "blocks": 1, "context_dim": 1024}
+ONE_GPU_PERCEIVER = {"width": 1024, "heads": 16}
 
 
-def preset_of(given: dict) -> dict:
-    """The values that flags given by hand stand on: a preset, as its denoiser needs it."""
-    name, denoiser = given.get("preset", "toy"), given.get("denoiser", "flow")
-    chosen = TOY if name == "toy" else {"clip": BACKBONES[name]}
-    if denoiser == "perceiver":
-        chosen = chosen | PERCEIVER | (PERCEIVER_TOY if name == "toy" else {})
-    return {"preset": name, "denoiser": denoiser, **chosen}
+def usual(preset: str, denoiser: str) -> dict:
+    """Every setting of a preset with a denoiser: what a run has that gives nothing else."""
+    chosen = {field.name: field.default for field in fields(Settings)}
+    chosen |= {"preset": preset, "denoiser": denoiser}
+    flow = denoiser == "flow"
+    if preset == "toy":
+        return chosen | TOY | (TOY_FLOW if flow else TOY_PERCEIVER)
+    chosen["clip"] = BACKBONES.get(preset, "")
+    if preset == "openai-b32-224":
+        return chosen | ONE_GPU | (ONE_GPU_FLOW if flow else ONE_GPU_PERCEIVER)
+    return chosen if flow else chosen | PERCEIVER
+
+
+# What people type, and what it is called here.
+HINTS = {
+    "lr": "the stages have rates of their own: --stage1_lr and --stage2_lr",
+    "learning_rate": "the stages have rates of their own: --stage1_lr and --stage2_lr",
+    "steps": "the stages have steps of their own: --stage1_steps and --stage2_steps",
+    "max_steps": "the stages have steps of their own: --stage1_steps and --stage2_steps",
+    "epochs": "there are steps, not epochs: --stage1_steps and --stage2_steps, of --batch images",
+    "batch_size": "--batch is the global batch, --micro_batch what one GPU takes at once",
+    "output": "everything goes to --runs DIR/--name NAME",
+    "out": "everything goes to --runs DIR/--name NAME",
+    "output_dir": "everything goes to --runs DIR/--name NAME",
+    "resume": "the same command again goes on from the newest checkpoint",
+    "device": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= (empty) hides it",
+    "gpu": "torchrun --nproc_per_node N train.py … takes N GPUs",
+    "model": "the CLIP to enhance is --clip, a whole set of defaults --preset",
+    "bf16": "--precision bf16",
+    "fp16": "--precision bf16: it needs no loss scaling",
+    "lora_r": "--lora_rank",
+}
 
 
 # ------------------------------------------------------------------------------------------------
 # What they mean together
 # ------------------------------------------------------------------------------------------------
+def names() -> list[str]:
+    """Of all settings."""
+    return [field.name for field in fields(Settings)]
+
+
 def notes_of(name: str) -> dict:
     """What stands at a field beside its default: choices, `only`, `stage`, `free`, …"""
     return Settings.__dataclass_fields__[name].metadata
@@ -276,10 +357,18 @@ def check(settings: Settings) -> None:
     check_bounds(settings)
     if settings.end_to_end and settings.stage == "1":
         raise ValueError("--end_to_end has no stage 1: drop --stage 1")
-    usual = Settings(**preset_of({"preset": settings.preset, "denoiser": settings.denoiser}))
+    if settings.stage1_from and (settings.end_to_end or settings.stage == "1"):
+        other = "--end_to_end" if settings.end_to_end else "--stage 1"
+        raise ValueError(f"--stage1_from is where stage 2 starts from: drop it, or drop {other}")
+    if settings.batch % settings.micro(1):
+        raise ValueError(
+            f"--batch {settings.batch} is no multiple of micro_batch {settings.micro_batch}: the "
+            "global batch is cut into pieces of that size"
+        )
+    usually = usual(settings.preset, settings.denoiser)
     for field in fields(settings):
         owner = field.metadata.get("only", settings.denoiser)
-        if getattr(settings, field.name) == getattr(usual, field.name):
+        if getattr(settings, field.name) == usually[field.name]:
             continue
         if owner != settings.denoiser:
             raise ValueError(
@@ -290,23 +379,79 @@ def check(settings: Settings) -> None:
             raise ValueError(
                 f"--{field.name} would do nothing beside --flux, whose file decides: drop it"
             )
+    check_shape(settings)
+
+
+def check_shape(settings: Settings) -> None:
+    """Of the denoiser. It would say so itself, but only once CLIP and the tokenizer are loaded.
+    Raises: ValueError naming the flag."""
+    width, heads = settings.width, settings.heads
+    if settings.denoiser == "perceiver":
+        if settings.mask_from > settings.mask_to:
+            raise ValueError(
+                f"--mask_from {settings.mask_from} --mask_to {settings.mask_to}: a mask ratio goes "
+                "from ≤ to"
+            )
+        if width % heads or width % 4:
+            raise ValueError(f"--width {width} must be a multiple of 4 and of --heads {heads}")
+    elif not settings.flux:
+        axes = settings.axes()
+        sums = sum(axes) if axes else width // heads
+        even = len(axes) == 3 and not any(a % 2 or a < 0 for a in axes) if axes else sums % 2 == 0
+        if not even:
+            raise ValueError(f"--rope_axes {settings.rope_axes or sums}: give three even numbers")
+        if width != heads * sums:
+            what = f"the sum {sums} of --rope_axes" if axes else "an even number"
+            raise ValueError(f"--width {width} must be heads {heads} × {what}")
 
 
 def relevant(settings: Settings, stage: int) -> dict:
     """The settings that decide the numbers of a stage: what a checkpoint must agree on."""
     chosen = {}
-    for name, value in asdict(settings).items():
+    for name, value in of_stage(settings, stage).items():
         notes = notes_of(name)
-        ours = notes.get("stage", stage) == stage
         known = notes.get("only", settings.denoiser) == settings.denoiser
         # With a constant rate a run may be prolonged; under a cosine, the length bends the curve.
         length = name == f"stage{stage}_steps" and settings.schedule == "constant"
-        if ours and known and not length and not notes.get("free"):
+        if known and not length and not notes.get("free"):
             chosen[name] = value
     return chosen
 
 
+def of_stage(settings: Settings, stage: int) -> dict:
+    """All settings but those of the other stage. (End to end, the denoiser learns in stage 2 at the
+    rate that stage 1 would have given it.)"""
+    chosen = asdict(settings)
+    for name in list(chosen):
+        shared = name == "stage1_lr" and settings.end_to_end
+        if notes_of(name).get("stage", stage) != stage and not shared:
+            del chosen[name]
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------
+# Where a run lies, and what it was started with
+# ------------------------------------------------------------------------------------------------
 def run_directory(settings: Settings) -> Path:
     """RUNS/NAME; by default a run is called after its preset and denoiser."""
     suffix = "" if settings.denoiser == "flow" else f"-{settings.denoiser}"
     return Path(settings.runs) / (settings.name or settings.preset + suffix)
+
+
+def settings_of_run(run: str | Path) -> Settings:
+    """What a run was started with: each stage's own settings, stage 2's where both know one.
+
+    Raises: FileNotFoundError where `run` is none; ValueError where its config.json is of another
+        version.
+    """
+    file, given = Path(run) / "config.json", {}
+    if not file.is_file():
+        raise FileNotFoundError(f"{run} is no run: it has no config.json")
+    try:
+        stages = json.loads(file.read_text())["stages"]
+        for stage in sorted(stages):
+            given |= stages[stage]["settings"]
+        # One stage by itself is what the command was asked for, not what the run is.
+        return Settings(**{**given, "stage": "both", "plan": False})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is of another version of this project ({error})") from None

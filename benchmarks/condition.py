@@ -7,7 +7,6 @@ On toy scenes that no run has trained on, at fixed mask ratios (or times t). Wri
 benchmarks/NAME.json and NAME.md.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import torch
 from report import ROOT, facts, headline, parser, publish, table
 
 from genhancer import GenHancer
+from settings import settings_of_run
 from toy.world import ToyScenes
 from training.assemble import load_run
-from training.checkpoints import checkpoints_in, read_state
+from training.preflight import checkpoints_in, read_state
 from util.cli import run_command
 
 
@@ -56,18 +56,18 @@ def main() -> None:
     args = flags.parse_args()
     run = ROOT / args.run
     _, model = load_run(run, stage=1)
-    settings = json.loads((run / "config.json").read_text())["settings"]
+    settings = settings_of_run(run)
     step = read_state(checkpoints_in(run / "stage1")[-1])["step"]
     world = ToyScenes(args.scenes, seed=2_718_281)
     images = torch.stack([world[(i, 0)]["image"] for i in range(args.scenes)])
-    discrete = settings["denoiser"] == "perceiver"
+    discrete = settings.denoiser == "perceiver"
     levels = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0) if discrete else (0.1, 0.3, 0.5, 0.7, 0.9)
     rows = {level: measure(model, images, level) for level in levels}
     about = {
         "run": Path(args.run).name,
-        "denoiser": settings["denoiser"],
+        "denoiser": settings.denoiser,
         "stage1_step": step,
-        "seed": settings["seed"],
+        "seed": settings.seed,
         "scenes": args.scenes,
         **facts(),
     }

@@ -23,10 +23,10 @@ from report import CPU, ROOT, facts, headline, is_finished, parser, publish, tab
 
 from evaluation.encoder import Encoder, load_encoders
 from evaluation.scoring import score
-from settings import Settings, preset_of, relevant
+from settings import Settings, relevant
 from toy.benchmark import TEMPLATE, held_out_scenes, pairs, retention
 from toy.world import TOY_DIR
-from training.checkpoints import checkpoints_in, read_state
+from training.preflight import checkpoints_in, read_state
 from util.cli import run_command
 from util.files import write_atomically
 
@@ -45,7 +45,7 @@ HEAD = ["λ", "unmentioned", "mentioned", "subject zero-shot", "cosine to the or
 # ------------------------------------------------------------------------------------------------
 def stage1_of(seed: int, runs: Path) -> Path:
     """A run that holds the toy preset's stage 1 of this seed, trained if there is none."""
-    settings = Settings(**preset_of({}), seed=seed)
+    settings = Settings.of("toy", seed=seed)
     wanted, shared = relevant(settings, 1), runs / f"study-seed{seed}"
     for run in (runs / f"toy_seeds-seed{seed}", shared):
         found = checkpoints_in(run / "stage1")

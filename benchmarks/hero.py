@@ -18,7 +18,8 @@ from report import ROOT, parser
 
 from evaluation.encoder import load_encoders
 from evaluation.pairsets import Item
-from evaluation.scoring import pair_verdicts, similarities
+from evaluation.reconstruction import reconstruct
+from evaluation.scoring import similarities, verdicts
 from genhancer import GenHancer
 from toy import benchmark
 from toy.world import TOY_DIR, to_tensor
@@ -38,13 +39,10 @@ COLUMNS = [
 def drawings(model: GenHancer, item: Item) -> list[torch.Tensor]:
     """The pair's pictures, drawn before and drawn after: (2, 3, H, W) each, from the same noise."""
     images = torch.stack([to_tensor(pixels) for pixels in item.images])
-    draws = model.draw_from([0, 1, 2], images.device)
-    rows = [images]
-    for features in (model.original_features(images), model.encode(images)[0]):
-        context, vector = model.condition(features)
-        made = model.paradigm.reconstruct(images, draws, context, vector)
-        rows.append(list(made.values())[-1])  # the last row is drawn from [CLS] alone
-    return rows
+    noise = model.draw_from([0, 1, 2], images.device)["noise"]
+    before = reconstruct(model, images, condition=model.original_features(images), noise=noise)
+    after = reconstruct(model, images, noise=noise)
+    return [images, before["drawn"].pictures, after["drawn"].pictures]
 
 
 def words(item: Item, similarities: list[np.ndarray], own: int) -> list[str]:
@@ -63,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     encoders = load_encoders([original, enhanced], torch.device("cpu"))
     items = benchmark.pairs(mentioned=False)
     found = [similarities(encoder, items, benchmark.TEMPLATE) for encoder in encoders]
-    before, after = (pair_verdicts(cosines)["text-to-image"] for cosines in found)
+    before, after = (verdicts(cosines)["text-to-image"] for cosines in found)
     rows = []
     for pattern in args.patterns.split(","):
         won = [i for i in np.flatnonzero(~before & after) if items[i].category == pattern]

@@ -9,7 +9,7 @@ import time
 
 from report import facts, headline, parser, publish, table
 
-from settings import BACKBONES, Settings, preset_of
+from settings import BACKBONES, Settings
 from training.plan import make_plan
 from util.cli import run_command
 
@@ -28,7 +28,7 @@ HEAD = [
 def measure(preset: str, denoiser: str, gpus: int, more: dict) -> dict:
     """Figures of one preset; memory in GB per GPU. `more`: settings beside the preset's."""
     given = {"preset": preset, "denoiser": denoiser, **more}
-    settings = Settings(**{**preset_of(given), **given})
+    settings = Settings(**given)
     start = time.time()
     plan = make_plan(settings, gpus, "cuda")
     memory = {n: sum(stage.memory.values()) / 1e9 for n, stage in plan.stages.items()}

@@ -63,7 +63,7 @@ def main() -> None:
         write_folder(Path(folder), args.images)
         start = time.perf_counter()
         pairs = read_pair_set(folder)
-        evaluate([encoder], pairs, [pairs.template], "", Path(folder) / "out")
+        evaluate([encoder], pairs, [pairs.template])
         total = time.perf_counter() - start
     share = sum(spent.values()) / total
     command, about = f"python benchmarks/profile_mmvp.py --images {args.images}", facts()

@@ -28,7 +28,8 @@ from lora import inject_lora
 from pretrained.backbones import load_clip
 from toy.benchmark import TEMPLATE, pairs
 from toy.world import TOY_DIR
-from training.checkpoints import checkpoints_in, restore
+from training.checkpoints import restore
+from training.preflight import checkpoints_in
 from util.cli import run_command
 
 POOL = 400  # pairs per pattern

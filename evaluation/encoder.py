@@ -11,7 +11,7 @@ Letters: K pictures or texts, d width of the joint space, D width of the tower.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import export_hf
-from pretrained.backbones import ClipInfo, build_clip, load_clip
+from pretrained.backbones import ClipInfo, build_clip, describe_clip, load_clip
+from settings import settings_of_run
 from util.files import fingerprint, save_tensors
 
 Picture = Path | str | np.ndarray
@@ -35,17 +36,22 @@ Picture = Path | str | np.ndarray
 class Encoder:
     """One CLIP with its tokenizer and preprocessing, in float32.
 
-    Args: cache: folder for features; None keeps none.
+    Args:
+        device: where the model runs; features come back to the CPU.
+        cache: folder for features; None keeps none.
+        progress: bars, on terminals. False: none, here and in all that is measured with it.
     """
 
     name: str
     clip: torch.nn.Module
     info: ClipInfo
-    device: torch.device
+    device: torch.device | str = "cpu"
     cache: Path | None = None
+    progress: bool = True
     _weights: str = field(default="", init=False)
 
     def __post_init__(self):
+        self.device = torch.device(self.device)
         self.clip = self.clip.to(self.device).float().eval()
         self.transform = image_transform(
             self.info.image_size,
@@ -112,7 +118,8 @@ class Encoder:
                 file.unlink()
         parts = []
         starts = range(0, len(inputs), batch)
-        style = {"leave": False, "disable": len(starts) < 4, "unit": "batch"}
+        hidden = True if len(starts) < 4 else hide_bar([self])
+        style = {"leave": False, "disable": hidden, "unit": "batch"}
         for start in tqdm(starts, f"{self.name}: {kind}s", **style):
             parts.append(encode(inputs[start : start + batch]).float().cpu())
         features = torch.cat(parts)
@@ -136,14 +143,36 @@ class Encoder:
         return digest.hexdigest()[:24]
 
 
-def open_picture(picture: Picture) -> Image.Image:
+def hide_bar(encoders: Iterable[Encoder]) -> bool | None:
+    """tqdm's `disable`: True hides a bar, None shows it where a terminal is looking. A file of
+    thousands of half-drawn bars is no log."""
+    return None if all(encoder.progress for encoder in encoders) else True
+
+
+def in_turn(encoders: list[Encoder], what: str) -> Iterable[Encoder]:
+    """One after the other, under a bar that says what is being done."""
+    return tqdm(encoders, what, leave=False, disable=hide_bar(encoders))
+
+
+def open_picture(picture: Picture, decode: bool = True) -> Image.Image:
+    """RGB. Raises: ValueError naming the picture. decode=False reads no more than the head."""
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
     try:
         with Image.open(picture) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+            return image.convert("RGB") if decode else image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"picture {picture} cannot be read ({error})") from None
+
+
+def check_pictures(pictures: Iterable[Picture]) -> None:
+    """Is each a picture, going by its head? A tenth of a millisecond each: cheaper than finding out
+    after the models were loaded. (That a file was cut off shows only where it is decoded.)
+
+    Raises: ValueError naming the first that is none.
+    """
+    for picture in pictures:
+        open_picture(picture, decode=False)
 
 
 class WordTokenizer:
@@ -207,26 +236,77 @@ def find_tokenizer(info: ClipInfo):
 # Models by any spelling
 # ------------------------------------------------------------------------------------------------
 def load_encoders(
-    models: Sequence[str], device: torch.device, cache: Path | None = None
+    models: Sequence[str],
+    device: torch.device | str = "cpu",
+    cache: Path | None = None,
+    progress: bool = True,
 ) -> list[Encoder]:
     """One encoder a model, with names that tell them apart.
 
-    Args: models: spellings of `backbones.load_clip`, or folders in transformers' layout.
+    Args:
+        models: spellings of `backbones.load_clip`, runs, or folders in transformers' layout.
+        device, cache, progress: as for `Encoder`.
     Raises: ValueError or FileNotFoundError naming the model.
     """
+    named = name_models(models)
+    return [Encoder(n, *_load(m), device, cache, progress) for n, m in named.items()]
+
+
+def name_models(models: Sequence[str]) -> dict[str, str]:
+    """What tables call each → its spelling, as `find_model` gives it. No weights are read: a slip
+    in the second should not cost the minutes of loading the first.
+
+    Raises: ValueError or FileNotFoundError naming a model that is not there or is named twice.
+    """
+    models = [find_model(model) for model in models]
     if len(set(models)) < len(models):
         raise ValueError("--model: the same model is named twice")
+    for model in models:
+        # Of NAME:FILE, describe_clip says how it will be built; once is enough, when it is loaded.
+        if not _is_transformers(model) and not Path(model.partition(":")[2]).is_file():
+            describe_clip(model)
     names = [short_name(model) for model in models]
-    if len(set(names)) < len(names):
-        names = models
-    return [Encoder(n, *_load(m), device, cache) for n, m in zip(names, models, strict=True)]
+    return dict(zip(names if len(set(names)) == len(names) else models, models, strict=True))
+
+
+def find_model(model: str | Path) -> str:
+    """A run stands for its enhanced model: runs/NAME → runs/NAME/enhanced; others stay as they are.
+
+    Raises: FileNotFoundError for a run that has none yet.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(model)
+    if (folder / "open_clip_config.json").is_file():
+        return str(folder)  # without a last slash: one model, one spelling
+    if (folder / "enhanced" / "open_clip_config.json").is_file():
+        return str(folder / "enhanced")
+    if is_run(folder):
+        raise FileNotFoundError(
+            f"--model {model}: no enhanced/ in this run, since stage 2 writes it at its end; go on "
+            f"with `python train.py --name {folder.name}` and the flags it was started with"
+        )
+    return str(folder)
+
+
+def is_run(folder: Path) -> bool:
+    """Has train.py written there? Models in transformers' layout have a config.json, too."""
+    try:
+        return bool(settings_of_run(folder))
+    except (OSError, ValueError):
+        return (folder / "metrics.jsonl").is_file()
+
+
+def _is_transformers(model: str) -> bool:
+    """A folder in transformers' layout?"""
+    folder = Path(model)
+    return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file()
 
 
 def _load(model: str) -> tuple[torch.nn.Module, ClipInfo]:
-    folder = Path(model)
-    if (folder / "open_clip_config.json").is_file() or not (folder / "config.json").is_file():
+    if not _is_transformers(model):
         return load_clip(model)
-    about, state, notes = export_hf.read_transformers(folder)
+    about, state, notes = export_hf.read_transformers(Path(model))
     for note in notes:
         print(note)
     info = ClipInfo.from_config(model, about)

@@ -142,13 +142,16 @@ def read_json(file: Path) -> PairSet:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"benchmark: {file} is not JSON ({error})") from None
-    if not isinstance(content, dict) or not content.get("items"):
+    entries = content.get("items") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
         raise ValueError(f'benchmark: {file} has no "items"; the format is in pairsets.py')
     template = content.get("template", "{}")
-    if "{}" not in template:
+    if not isinstance(template, str) or "{}" not in template:
         raise ValueError(f"benchmark: {file}: template {template!r} has no {{}} for the caption")
     items, seen = [], set()
-    for number, entry in enumerate(content["items"]):
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"benchmark: {file}: item {number} is not an object: {entry!r:.40}")
         name = str(entry.get("id", number))
         place = f"benchmark: {file}, item {name}"
         if name in seen:
@@ -156,6 +159,8 @@ def read_json(file: Path) -> PairSet:
         seen.add(name)
         images = entry.get("images") or ([entry["image"]] if "image" in entry else [])
         captions = entry.get("captions", [])
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise ValueError(f"{place}: images must be a list of files")
         if not isinstance(captions, list) or not all(c and isinstance(c, str) for c in captions):
             raise ValueError(f"{place}: captions must be a list of texts")
         if len(images) == 2 and len(captions) != 2 or len(images) == 1 and len(captions) < 2:
@@ -178,20 +183,26 @@ def apply_doubts(items: list[Item], file: str | Path) -> list[Item]:
 
     For MMVP-VLM a name is "1-2"; either of its ids will do. Swapping exchanges the two captions.
 
-    Raises: ValueError for a file of another shape or a name that is not in the benchmark.
+    Raises: FileNotFoundError; ValueError for a file of another shape, a name that is not in the
+        benchmark, or if nothing is left.
     """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"doubts: no file {file}")
     try:
         doubts = json.loads(Path(file).read_text(encoding="utf-8"))
         out, swap = ({str(n) for n in doubts.get(k, [])} for k in ("leave_out", "swap"))
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise ValueError(f"doubts: {file} is no JSON object of lists ({error})") from None
     called = {alias: item.name for item in items for alias in (item.name, *item.name.split("-"))}
     unknown = sorted((out | swap) - called.keys())
     if unknown:
         raise ValueError(f"doubts: {file} names {', '.join(unknown)}, not in this benchmark")
     out, swap = {called[n] for n in out}, {called[n] for n in swap}
-    return [
+    kept = [
         Item(i.category, i.images, i.captions[::-1], i.name) if i.name in swap else i
         for i in items
         if i.name not in out
     ]
+    if not kept:
+        raise ValueError(f"doubts: {file} leaves out every item")
+    return kept

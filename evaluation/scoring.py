@@ -1,8 +1,8 @@
 """Who was right, how sure are we, and did it change? The arithmetic behind every table.
 
 A percentage of 135 pairs means little by itself. This file holds the rule that makes a pair count,
-the interval that belongs to a proportion, the paired test that belongs to before/after, and the
-table that prints all of them together. This module imports nothing of this project.
+the interval that belongs to a proportion, and the paired test that belongs to before/after.
+report.py prints them. This module imports nothing of this project.
 
 Letters: K pairs, d width of the joint space.
 """
@@ -28,54 +28,81 @@ MMVP_PATTERNS = (
 )
 
 
-def pair_similarities(images: Tensor, texts: Tensor) -> Tensor:
-    """Unit vectors (K, 2, d) of both → cosines (K, 2, 2): rows are texts, columns images."""
-    return torch.einsum("ktd,kid->kti", texts, images)
+# ------------------------------------------------------------------------------------------------
+# From a model to verdicts: similarities → margins → verdicts
+# ------------------------------------------------------------------------------------------------
+def score(encoder, items: list, template: str) -> dict[str, np.ndarray]:
+    """Who is right? Task → bool (K,).
 
+    Whoever wants to see more than right and wrong takes the same three steps apart:
 
-def pair_verdicts(similarity: Tensor) -> dict[str, np.ndarray]:
-    """Two images, two texts, text k belongs to image k: who found whom?
+        before, after = (similarities(encoder, items, template) for encoder in encoders)
+        gain = margins(after)["text-to-image"] - margins(before)["text-to-image"]  # (K,)
+        verdicts(after)["text-to-image"]  # bool (K,), what this function gives
 
-    Args: similarity: (K, text, image), of `pair_similarities`.
-    Returns: bool (K,) each. "text-to-image": both texts found their image among the two (MMVP's
-        rule). "image-to-text": both images found their text. "group": both of it (Winoground).
-        All comparisons are strict: a tie is wrong.
+    Arguments as for `similarities`; the tasks are those of `margins`.
     """
-    own = torch.stack([similarity[:, 0, 0], similarity[:, 1, 1]], 1)  # (K, 2): what belongs
-    of_text = torch.stack([similarity[:, 0, 1], similarity[:, 1, 0]], 1)  # same text, other image
-    of_image = of_text.flip(1)  # same image, other text
-    t2i, i2t = (own > of_text).all(1).numpy(), (own > of_image).all(1).numpy()
-    return {"text-to-image": t2i, "image-to-text": i2t, "group": t2i & i2t}
+    return verdicts(similarities(encoder, items, template))
 
 
 def similarities(encoder, items: list, template: str) -> Tensor:
-    """Of pairs: cosines (K, 2, 2), rows are texts, columns images. Arguments as for `score`."""
-    images = encoder.images([image for item in items for image in item.images])
-    texts = encoder.texts([template.format(c) for item in items for c in item.captions])
-    return pair_similarities(images.view(len(items), 2, -1), texts.view(len(items), 2, -1))
-
-
-def score(encoder, items: list, template: str) -> dict[str, np.ndarray]:
-    """Verdicts by task, bool (K,): "text-to-image", "image-to-text" and "group" for pairs of
-    images, "image-to-text" for single ones.
+    """Cosines between the texts and the pictures of every item.
 
     Args:
         encoder: gives unit vectors for `images` and `texts` (encoder.py).
-        items: of one kind, all paired or all single (pairsets.py).
+        items: K of one kind, all paired or all single (pairsets.py).
         template: the prompt, with {} for the caption.
+    Returns: (K, texts, pictures): (K, 2, 2) for pairs; (K, T, 1) for single pictures, where T is
+        the largest number of captions and an item with fewer is filled up with -inf.
     """
-    if items[0].paired:
-        return pair_verdicts(similarities(encoder, items, template))
     images = encoder.images([image for item in items for image in item.images])
-    texts = encoder.texts([template.format(c) for item in items for c in item.captions])
-    hits, start = [], 0
-    for item, image in zip(items, images, strict=True):
-        similarity = texts[start : start + len(item.captions)] @ image  # (captions,)
-        hits.append(bool((similarity[0] > similarity[1:]).all()))  # strictly: a tie is wrong
-        start += len(item.captions)
-    return {"image-to-text": np.array(hits)}
+    # Not str.format: a caption may hold braces, and so may the rest of a prompt.
+    texts = encoder.texts([template.replace("{}", c) for item in items for c in item.captions])
+    if items[0].paired:
+        return pair_similarities(images.view(len(items), 2, -1), texts.view(len(items), 2, -1))
+    groups = texts.split([len(item.captions) for item in items])
+    found = [group @ image for group, image in zip(groups, images, strict=True)]  # (captions,)
+    padded = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-math.inf)
+    return padded[:, :, None]
 
 
+def pair_similarities(images: Tensor, texts: Tensor) -> Tensor:
+    """Unit vectors (K, 2, d) of both → cosines (K, 2, 2): rows are texts, columns pictures."""
+    return torch.einsum("ktd,kid->kti", texts, images)
+
+
+def margins(similarity: Tensor) -> dict[str, np.ndarray]:
+    """By how much is each item right? Task → (K,), in cosine; wrong where it is not above 0.
+
+    Two pictures, two texts, text k belongs to picture k. An item is as right as its worse half:
+
+    * "text-to-image": text's own picture − the other picture, the smaller of both (MMVP's rule);
+    * "image-to-text": picture's own text − the other text, the smaller of both;
+    * "group": the smaller of these two (Winoground).
+
+    One picture: only "image-to-text", the first caption − the nearest of the others.
+
+    Args: similarity: (K, texts, pictures), of `similarities`.
+    """
+    if similarity.shape[2] == 1:
+        return {"image-to-text": (similarity[:, 0, 0] - similarity[:, 1:, 0].amax(1)).numpy()}
+    own = torch.stack([similarity[:, 0, 0], similarity[:, 1, 1]], 1)  # (K, 2): what belongs
+    of_text = torch.stack([similarity[:, 0, 1], similarity[:, 1, 0]], 1)  # same text, other picture
+    of_image = of_text.flip(1)  # same picture, other text
+    t2i, i2t = (own - of_text).amin(1), (own - of_image).amin(1)
+    found = {"text-to-image": t2i, "image-to-text": i2t, "group": torch.minimum(t2i, i2t)}
+    return {task: margin.numpy() for task, margin in found.items()}
+
+
+def verdicts(similarity: Tensor) -> dict[str, np.ndarray]:
+    """Right or wrong, bool (K,), by the tasks of `margins`. All comparisons are strict: a tie is
+    wrong, so that a constant encoder scores nothing."""
+    return {task: margin > 0 for task, margin in margins(similarity).items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Statistics
+# ------------------------------------------------------------------------------------------------
 def ridge_probe(features: Tensor, labels: Tensor, test: Tensor, strength: float = 1e-2) -> Tensor:
     """A linear probe in closed form: which class does ridge regression on frozen features see?
 
@@ -111,7 +138,9 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> tuple[int, int, float]:
     """
     won, lost = int((~before & after).sum()), int((before & ~after).sum())
     n = won + lost
-    tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1))
+    tail, ways = 0, 1  # ways to choose k of n, from one k to the next
+    for k in range(min(won, lost) + 1):
+        tail, ways = tail + ways, ways * (n - k) // (k + 1)
     return won, lost, min(1.0, 2 * tail / 2**n)
 
 
@@ -124,22 +153,25 @@ def paired_interval(won: int, lost: int, n: int, z: float = 1.959963984540054) -
     return max(-1.0, up - down - half), min(1.0, up - down + half)
 
 
-def noise_line(row: dict) -> list[str]:
-    """A warning for every model that differs from the first by less than the noise."""
-    lines, (first, *others) = [], row["models"].items()
-    for name, m in others:
-        low, high = (100 * x for x in paired_interval(m["won"], m["lost"], row["n"]))
-        if low <= 0 <= high:
-            lines.append(
-                f"Within the noise: {name} against {first[0]} is {m['change']:+.1f} points, 95 % "
-                f"interval {low:+.1f} to {high:+.1f}. This set cannot rank the two.\n"
-            )
-    return lines
+# ------------------------------------------------------------------------------------------------
+# Rows: every model against the first
+# ------------------------------------------------------------------------------------------------
+def compared(hits: dict[str, np.ndarray]) -> dict[str, dict]:
+    """Model → verdicts, bool (K,), as model → figures in percent: hits and Wilson interval, and for
+    every model but the first what the paired comparison with it says."""
+    found, first = {}, next(iter(hits))
+    for name, verdict in hits.items():
+        count, n = int(verdict.sum()), len(verdict)
+        interval = [100 * x for x in wilson_interval(count, n)]
+        found[name] = {"hits": count, "percent": 100 * count / n, "interval": interval}
+        if name != first:
+            won, lost, p = mcnemar(hits[first], verdict)
+            interval = [100 * x for x in paired_interval(won, lost, n)]
+            change = {"change": 100 * (won - lost) / n, "change_interval": interval}
+            found[name] |= {**change, "won": won, "lost": lost, "p": p}
+    return found
 
 
-# ------------------------------------------------------------------------------------------------
-# Tables
-# ------------------------------------------------------------------------------------------------
 def summarise(patterns: list[str], hits: dict[str, np.ndarray]) -> list[dict]:
     """Tab. 1's rows: one per pattern and one for the average, every model against the first.
 
@@ -149,52 +181,10 @@ def summarise(patterns: list[str], hits: dict[str, np.ndarray]) -> list[dict]:
 
     Args: patterns: one name per pair (K); hits: model name → bool (K,).
     """
-    rows, first = [], next(iter(hits))
+    rows = []
     order = [p for p in MMVP_PATTERNS if p in patterns] + sorted(set(patterns) - set(MMVP_PATTERNS))
     for pattern in [*order, "Average"]:
         mask = np.array([pattern in (p, "Average") for p in patterns])
-        row = {"pattern": pattern, "n": int(mask.sum()), "models": {}}
-        for name, verdict in hits.items():
-            count = int(verdict[mask].sum())
-            low, high = wilson_interval(count, row["n"])
-            entry = {
-                "hits": count,
-                "percent": 100 * count / row["n"],
-                "interval": [100 * low, 100 * high],
-            }
-            if name != first:
-                won, lost, p = mcnemar(hits[first][mask], verdict[mask])
-                entry |= {"change": 100 * (won - lost) / row["n"], "won": won, "lost": lost, "p": p}
-            row["models"][name] = entry
-        rows.append(row)
+        models = compared({name: verdict[mask] for name, verdict in hits.items()})
+        rows.append({"pattern": pattern, "n": int(mask.sum()), "models": models})
     return rows
-
-
-def markdown(title: str, rows: list[dict]) -> str:
-    """A table for terminals and README alike: percent with interval, and for every model but the
-    first its change, the pairs won and lost, and the p of the paired test."""
-    names = list(rows[0]["models"])
-    head = ["pattern", "n"]
-    for i, name in enumerate(names):
-        head += [f"{name}, % [95 %]"] + (["change", "won/lost", "McNemar p"] if i else [])
-    table = [head]
-    for row in rows:
-        cells = [row["pattern"], str(row["n"])]
-        for i, name in enumerate(names):
-            m = row["models"][name]
-            cells.append(f"{m['percent']:.1f} [{m['interval'][0]:.1f}, {m['interval'][1]:.1f}]")
-            if i:
-                cells += [f"{m['change']:+.1f}", f"{m['won']}/{m['lost']}", f"{m['p']:.2g}"]
-        table.append(cells)
-    return plain_table(title, table)
-
-
-def plain_table(title: str, table: list[list[str]]) -> str:
-    """Markdown whose columns line up in a terminal. The first row is the head."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in table
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return f"**{title}**\n\n" + "\n".join(lines) + "\n"

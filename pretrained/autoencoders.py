@@ -60,6 +60,14 @@ class AutoencoderConfig:
     scale: float = 0.3611
     """VAE: one over their standard deviation, multiplied"""
 
+    def __post_init__(self):
+        for times in self.channel_multipliers:
+            if self.base_channels * times % self.groups:
+                raise ValueError(
+                    f"autoencoder: {self.base_channels} base_channels × {times} do not split into "
+                    f"{self.groups} groups of GroupNorm"
+                )
+
     @property
     def downsampling(self) -> int:
         """f: pixels per latent cell along each side."""

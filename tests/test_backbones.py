@@ -11,14 +11,15 @@ from evaluation.encoder import find_tokenizer
 from lora import inject_lora, lora_layers
 from pretrained import backbones
 from pretrained.backbones import describe_clip, load_clip
-from settings import BACKBONES, Settings, notes_of, preset_of
+from settings import BACKBONES, Settings, notes_of
 from training.plan import fill, one_batch, skeleton
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-# preset: denoiser tokens, patch tokens, width of the global token, LoRA parameters (M), mean and
-# std, resize mode, quickgelu
-SIX = {
+# OpenAI's smallest and the paper's six. Preset: denoiser tokens, patch tokens, width of the global
+# token, LoRA parameters of the blocks (M), mean and std, resize mode, quickgelu
+PRESETS = {
+    "openai-b32-224": (196, 49, 512, 2.65, OPENAI, "shortest", True),
     "openai-l14-224": (196, 256, 768, 7.08, OPENAI, "shortest", True),
     "openai-l14-336": (441, 576, 768, 7.08, OPENAI, "shortest", True),
     "metaclip-l14-224": (196, 256, 768, 7.08, OPENAI, "shortest", True),
@@ -28,17 +29,17 @@ SIX = {
 }
 
 
-def test_the_presets_are_the_toy_and_the_papers_six():
-    assert set(BACKBONES) == set(SIX)
-    assert set(notes_of("preset")["choices"]) == {"toy", *SIX}
+def test_every_preset_is_in_the_table():
+    assert set(BACKBONES) == set(PRESETS)
+    assert set(notes_of("preset")["choices"]) == {"toy", *PRESETS}
 
 
 @pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_at_full_shape(name, denoiser):
     """Built with fake weights: tokens, widths, LoRA's parameters, and one forward pass."""
-    tokens, patches, width, lora, (mean, std), resize, quick = SIX[name]
-    settings = Settings(**preset_of({"preset": name, "denoiser": denoiser}))
+    tokens, patches, width, lora, (mean, std), resize, quick = PRESETS[name]
+    settings = Settings.of(name, denoiser=denoiser)
     info, weights = describe_clip(settings.clip)
     assert weights is None and (info.mean, info.std, info.resize_mode) == (mean, std, resize)
     assert info.model_cfg.get("quick_gelu", False) == quick
@@ -55,7 +56,8 @@ def test_a_preset_at_full_shape(name, denoiser):
         assert model(images, draws)["loss"].shape == ()
     inject_lora(model.visual, bias="none")
     trained = sum(p.numel() for p in model.visual.parameters() if p.requires_grad)
-    projection = 16 * (1024 + 768 if "l14" in name else 1280 + 1024)
+    towers = {"b32": 768, "l14": 1024, "h14": 1280, "00m": 0}
+    projection = 16 * (towers[name.split("-")[1][-3:]] + width)
     blocks = trained - (0 if "siglip" in name else projection)
     assert blocks / 1e6 == pytest.approx(lora, abs=0.005)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from training import checkpoints as ckpt
+from training.preflight import first_difference, read_state, require_same
 from util.files import fingerprint
 
 
@@ -21,7 +22,7 @@ def test_round_trip_and_rotation(tmp_path):
         save(tmp_path, step, value=float(step))
     assert [p.name for p in ckpt.checkpoints_in(tmp_path)] == ["step_00000002", "step_00000010"]
     newest = ckpt.checkpoints_in(tmp_path)[-1]
-    assert ckpt.read_state(newest) == {"step": 10, "note": "x"}
+    assert read_state(newest) == {"step": 10, "note": "x"}
     assert torch.equal(ckpt.read_trained(newest)["weight"], torch.full((2, 2), 10.0))
     assert "param_groups" in ckpt.read_optimizer(newest)
 
@@ -85,15 +86,15 @@ def test_restore_names_what_does_not_fit(tmp_path):
 
 
 def test_require_same_names_what_differs():
-    ckpt.require_same({"a": {"b": 1}, "more": 3}, {"a": {"b": 1}}, "never")
+    require_same({"a": {"b": 1}, "more": 3}, {"a": {"b": 1}}, "never")
     with pytest.raises(ValueError, match=r"another settings \(lr: 1 → 2\)"):
-        ckpt.require_same({"settings": {"lr": 1}}, {"settings": {"lr": 2}},
+        require_same({"settings": {"lr": 1}}, {"settings": {"lr": 2}},
                           "another {what} ({difference})")  # fmt: skip
     with pytest.raises(ValueError, match=r"runs/\{odd\} differs in its a: b: 1 → 2"):
-        ckpt.require_same({"a": {"b": 1}}, {"a": {"b": 2}},
+        require_same({"a": {"b": 1}}, {"a": {"b": 2}},
                           "runs/{odd} differs in its {what}: {difference}")  # fmt: skip
     with pytest.raises(ValueError, match="fingerprints: clip: None → x"):
-        ckpt.require_same({}, {"fingerprints": {"clip": "x"}}, "{what}: {difference}")
+        require_same({}, {"fingerprints": {"clip": "x"}}, "{what}: {difference}")
 
 
 def test_fingerprint_tells_models_apart():
@@ -105,6 +106,6 @@ def test_fingerprint_tells_models_apart():
 
 
 def test_first_difference():
-    assert ckpt.first_difference({"a": {"b": (1, 2)}}, {"a": {"b": [1, 2]}}) is None
-    assert ckpt.first_difference({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == "a.b: 1 → 3"
-    assert ckpt.first_difference({}, {"new": 1}) == "new: None → 1"
+    assert first_difference({"a": {"b": (1, 2)}}, {"a": {"b": [1, 2]}}) is None
+    assert first_difference({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == "a.b: 1 → 3"
+    assert first_difference({}, {"new": 1}) == "new: None → 1"

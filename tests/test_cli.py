@@ -1,10 +1,14 @@
 """cli.py: flags from dataclasses, presets, and one line for every mistake."""
 
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 
+from settings import Settings
 from util.cli import parse_settings, run_command, setting
 
 
@@ -12,13 +16,14 @@ from util.cli import parse_settings, run_command, setting
 class Example:
     """Of what a command can be told."""
 
-    preset: str = setting("small", choices=("small", "large"))
-    """which"""
-    size: int = setting(1, at_least=1)
+    # -- the first group
+    # with a reason
+    size: int = setting(1, at_least=1, at_most=99)
     """how big,
     in %"""
-    rate: float = setting(0.5)
+    rate: float = setting(0.5, above=0)
     """how fast"""
+    # -- the second group
     loud: bool = setting(False)
     """say so"""
     kind: str = setting("a", choices=("a", "b"))
@@ -27,31 +32,15 @@ class Example:
     """more of them"""
 
 
-PRESETS = {"small": {}, "large": {"size": 100, "loud": True}}
-
-
 def parse(*arguments):
-    return parse_settings(
-        Example, "x", "y", list(arguments), lambda given: PRESETS[given.get("preset", "small")]
-    )
+    hints = {"speed": "it is called --rate"}
+    return parse_settings(Example, "x", "y", list(arguments), hints=hints)
 
 
-def test_defaults_presets_and_flags_in_that_order():
+def test_defaults_and_flags():
     assert parse() == Example()
-    assert parse("--preset", "large") == Example("large", 100, 0.5, True)
-    assert parse("--preset", "large", "--size", "7", "--no-loud").size == 7
-    assert not parse("--preset", "large", "--no-loud").loud
-
-
-def test_a_preset_may_depend_on_other_flags():
-    def preset_of(given):
-        return {"size": 10 if given.get("kind") == "b" else 1}
-
-    def parse(*arguments):
-        return parse_settings(Example, "x", "y", list(arguments), preset_of)
-
-    assert parse().size == 1 and parse("--kind", "b").size == 10
-    assert parse("--kind", "b", "--size", "3").size == 3
+    assert parse("--size", "7", "--loud") == Example(7, loud=True)
+    assert parse("--kind", "b", "--no-loud") == Example(kind="b")
 
 
 def test_a_tuple_is_a_flag_that_may_be_repeated():
@@ -66,7 +55,11 @@ def test_a_tuple_is_a_flag_that_may_be_repeated():
         (["--size", "three"], "invalid int value: 'three'"),
         (["--kind", "c"], "invalid choice: 'c'"),
         (["--size", "0"], "--size 0: must be at least 1"),
-        (["--preset", "medium"], "invalid choice: 'medium'"),
+        (["--size", "100"], "--size 100: must be at most 99"),
+        (["--rate", "0"], "--rate 0.0: must be above 0"),
+        (["--rate", "nan"], "--rate nan: must be a finite number"),
+        (["--speed", "3"], "unrecognized arguments: --speed 3 (it is called --rate)"),
+        (["--kind", "aa"], "did you mean a?"),
         (["--siz", "3"], "did you mean --size"),
     ],
 )
@@ -77,11 +70,57 @@ def test_mistakes_are_one_line(capsys, arguments, message):
     assert stop.value.code == 2 and message in text and len(text.strip().splitlines()) == 1
 
 
-def test_help_shows_defaults(capsys):
+def help_of(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "how big, in % (default: 1)" in text
+        parse(*arguments)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_groups_and_defaults(capsys):
+    text = help_of(capsys, "--help")
+    assert "how big, in % (default: 1)" in text and "(default: off)" in text
+    places = [text.index(part) for part in ("the first group:", "--size", "the second group:")]
+    assert places == sorted(places) and "with a reason" not in text
+    assert text == help_of(capsys, "--help", "all"), "nothing is marked as used most"
+
+
+# -- train.py's own ------------------------------------------------------------------------------
+def train_help(capsys, *arguments):
+    with pytest.raises(SystemExit):
+        decides = ("preset", "denoiser")
+        parse_settings(Settings, "x", "y", [*arguments, "--help", "all"], decides=decides)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "preset, denoiser", [("toy", "flow"), ("toy", "perceiver"), ("openai-l14-224", "flow")]
+)
+def test_help_shows_what_a_bare_run_uses(capsys, preset, denoiser):
+    """Of every flag, the default that is shown is the value of a run that gives nothing else."""
+    flags = ["--preset", preset, "--denoiser", denoiser]
+    text, bare = train_help(capsys, *flags), parse_settings(Settings, "", "", flags)
+    assert bare == Settings.of(preset, denoiser=denoiser)
+    blocks = re.split(r"\n  --(?=[a-z])", text)[1:]
+    shown = {}
+    for block in blocks:
+        name, words = re.split(r"[,\s]", block, maxsplit=1)
+        shown[name] = re.search(r"\(default: (.*?)\)(?=\n|$)", " ".join(words.split("\n      ")))[1]
+    assert shown.keys() == vars(bare).keys()
+    for name, value in vars(bare).items():
+        words = "on" if value is True else "off" if value is False else value or "none"
+        words = value if isinstance(value, int | float) and not isinstance(value, bool) else words
+        assert "".join(shown[name].split()) == str(words), name
+
+
+def test_the_first_screen_is_short():
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) <= 60 and max(map(len, lines)) <= 100
+    assert "--stage1_steps" in done.stdout and "--lora_rank" not in done.stdout
+    assert "python train.py --help all" in done.stdout
 
 
 @pytest.mark.parametrize(

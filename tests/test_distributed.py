@@ -38,10 +38,11 @@ import json, os, shutil, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import train
+from training import stages
 from util.files import fingerprint
 def spy(here, rank):
     seen, gradients = [], []
-    batches, clip, run_stage = train.batches, torch.nn.utils.clip_grad_norm_, train.run_stage
+    batches, clip, run_stage = stages.batches, torch.nn.utils.clip_grad_norm_, train.run_stage
     def watched(*args):
         for batch in batches(*args):
             seen.extend(batch["position"])
@@ -55,7 +56,7 @@ def spy(here, rank):
         with open(f"{{here}}/rank{{rank}}.json", "w") as file:
             json.dump({{"hash": fingerprint(model), "seen": seen}}, file)
         torch.save(gradients, f"{{here}}/rank{{rank}}.pt")
-    train.batches, torch.nn.utils.clip_grad_norm_, train.run_stage = watched, clipped, ended
+    stages.batches, torch.nn.utils.clip_grad_norm_, train.run_stage = watched, clipped, ended
     train.main(train.command_line())
 for port, (here, ranks, flags, doomed) in enumerate(
     json.loads(sys.argv[1]), 29500 + os.getpid() % 9000
@@ -200,7 +201,7 @@ def test_a_killed_rank_ends_the_run_and_a_restart_finishes_it(tmp_path):
 def test_a_users_mistake_under_torchrun_is_a_line_of_a_rank(tmp_path):
     command = launch(2, tmp_path, "x", "--data", tmp_path / "nowhere")
     done = subprocess.run(command, capture_output=True, **ALONE)
-    assert done.returncode and "train.py, rank 0: data: no folder and no file" in done.stderr
+    assert done.returncode and "train.py, rank 0: --data: no folder and no file" in done.stderr
     assert 'train.py", line' not in done.stderr, "no traceback of ours"
 
 

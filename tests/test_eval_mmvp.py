@@ -18,7 +18,7 @@ from scipy import stats
 from test_wrong_input import command
 
 import eval_mmvp as ev
-from evaluation import pairsets, scoring
+from evaluation import pairsets, report, scoring
 from evaluation.encoder import Encoder, load_encoders
 from pretrained.backbones import load_clip
 from toy import benchmark
@@ -27,7 +27,7 @@ from toy.world import TOY_DIR
 
 def pair_hits(images, texts):
     """MMVP's rule."""
-    return scoring.pair_verdicts(scoring.pair_similarities(images, texts))["text-to-image"]
+    return scoring.verdicts(scoring.pair_similarities(images, texts))["text-to-image"]
 
 
 # -- scoring -------------------------------------------------------------------------------------
@@ -94,10 +94,12 @@ def test_summary_counts_patterns_and_average():
     average = rows[-1]["models"]
     assert average["a"]["percent"] == 37.5 and average["b"]["change"] == 12.5
     assert (average["b"]["won"], average["b"]["lost"]) == (2, 1)
-    text = scoring.markdown("T", rows)
-    assert "+12.5" in text and len({len(line) for line in text.splitlines()[2:]}) == 1, (
-        "columns line up"
-    )
+    for text in (
+        report.wide_table("T", "pattern", rows),
+        report.pair_table("T", "pattern", rows, "b"),
+    ):
+        assert "+12.5" in text and "2/1" in text
+        assert len({len(line) for line in text.splitlines()[2:]}) == 1, "columns line up"
 
 
 # -- folders -------------------------------------------------------------------------------------
@@ -205,6 +207,12 @@ def run(*arguments):
     return subprocess.CompletedProcess(arguments, code, out, out)
 
 
+def result_in(out):
+    """The figures of the only report in a folder."""
+    [file] = out.rglob("*.json")
+    return json.loads(file.read_text())
+
+
 TOY = TOY_DIR / "clip.safetensors"
 
 
@@ -225,14 +233,14 @@ def enhanced(tmp_path_factory):
 def test_command_on_a_folder(folder, enhanced, tmp_path):
     out = tmp_path / "out"
     done = run("--benchmark", folder, "--model", TOY, "--model", enhanced, "--out", out)
+    name = f"{enhanced.parent.name}/enhanced"
     assert done.returncode == 0, done.stderr
     assert "MMVP-VLM, 18 pairs, text-to-image; prompt 'a photo of {}'; one is 5.56" in done.stdout
     assert "Within the noise" in done.stdout and "against toy/clip: won" in done.stdout
-    result = json.loads((out / "mmvp.json").read_text())
+    result = result_in(out)
     assert result["text-to-image"][-1]["n"] == result["group"][-1]["n"] == 18
-    rows = result["text-to-image"][-1]["models"]
-    changed = result["text-to-image, changed"][f"{enhanced.parent.name}/enhanced"]
-    other = rows[f"{enhanced.parent.name}/enhanced"]
+    changed = result["text-to-image, changed"][name]
+    other = result["text-to-image"][-1]["models"][name]
     assert (len(changed["won"]), len(changed["lost"])) == (other["won"], other["lost"])
 
 
@@ -240,12 +248,10 @@ def test_two_prompts_show_their_spread(folder, tmp_path):
     flags = ["--template", "a photo of {}", "--template", "{}", "--out", tmp_path / "out"]
     done = run("--benchmark", folder, "--model", TOY, *flags)
     assert done.returncode == 0 and "spread, max − min" in done.stdout, done.stdout
-    result = json.loads((tmp_path / "out" / "mmvp.json").read_text())
-    averages = result["text-to-image, by prompt"]["toy/clip"]
-    assert averages[0] == pytest.approx(
-        result["text-to-image"][-1]["models"]["toy/clip"]["percent"]
-    )
-    assert len(averages) == 2
+    result = result_in(tmp_path / "out")
+    averages = result["text-to-image, by prompt"]
+    percent = result["text-to-image"][-1]["models"]["toy/clip"]["percent"]
+    assert averages["a photo of {}"]["toy/clip"] == pytest.approx(percent) and len(averages) == 2
 
 
 def test_doubts_are_off_by_default_and_print_both_figures(folder, tmp_path):
@@ -257,7 +263,7 @@ def test_doubts_are_off_by_default_and_print_both_figures(folder, tmp_path):
     assert kept[0].captions == items[1].captions[::-1]
     done = run("--benchmark", folder, "--model", TOY, "--doubts", file, "--out", tmp_path / "out")
     assert "18 pairs, text-to-image" in done.stdout and "without 2 in doubt" in done.stdout
-    result = json.loads((tmp_path / "out" / "mmvp.json").read_text())
+    result = result_in(tmp_path / "out")
     assert result["text-to-image, doubts applied"][-1]["n"] == 16
     assert result["text-to-image"][-1]["n"] == 18
     file.write_text(json.dumps({"swap": [99]}))
@@ -271,7 +277,8 @@ def test_the_papers_rows_stand_beside_known_backbones(tmp_path):
             *patterns, average = map(float, row.split())
             assert len(patterns) == 9
             assert abs(sum(patterns) / 9 - average) < 0.11, name
-    (tmp_path / "config.json").write_text('{"settings": {"clip": "ViT-L-14-quickgelu:openai"}}')
+    about = {"stages": {"1": {"settings": {"clip": "ViT-L-14-quickgelu:openai"}}}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
     text = ev.paper_table([str(TOY), str(tmp_path / "enhanced"), "ViT-SO400M-14-SigLIP:webli"])
     assert "31.9" in text and "45.2" not in text and "42.2" in text
     assert ev.paper_table([str(TOY)]) == ""
@@ -316,7 +323,7 @@ def test_winoground_scores_against_a_loop():
         s = [[rng.randint(0, 2) for _ in range(2)] for _ in range(2)]  # s[text][image]
         images = torch.tensor(s, dtype=torch.float32).T[None]
         similarity = scoring.pair_similarities(images, torch.eye(2)[None])
-        found = {k: bool(v[0]) for k, v in scoring.pair_verdicts(similarity).items()}
+        found = {k: bool(v[0]) for k, v in scoring.verdicts(similarity).items()}
         text_right = s[0][0] > s[1][0] and s[1][1] > s[0][1]  # each image prefers its own text
         image_right = s[0][0] > s[0][1] and s[1][1] > s[1][0]  # each text prefers its own image
         both = text_right and image_right
@@ -358,6 +365,10 @@ PICTURE = {"image": "a.png", "captions": ["x", "y"]}
         ("not json", "is not JSON"),
         ("[]", 'has no "items"'),
         ('{"items": []}', 'has no "items"'),
+        ({"items": {"a": PICTURE}}, 'has no "items"'),
+        ({"items": [PICTURE, "x"]}, "item 1 is not an object"),
+        ({"items": [{"image": 5, "captions": ["x", "y"]}]}, "images must be a list of files"),
+        ({"items": [PICTURE], "template": 5}, "has no {} for the caption"),
         ({"items": [PICTURE], "template": "a photo"}, "has no {} for the caption"),
         ({"items": [{**PICTURE, "id": 1}, {**PICTURE, "id": 1}]}, "its id appears twice"),
         ({"items": [{"image": "a.png", "captions": ["x"]}]}, "one image two or more"),
@@ -388,6 +399,7 @@ def test_bad_json_sets_are_named(tmp_path, content, message):
         (("--model", TOY, "--model", TOY), "named twice"),
         (("--benchmark", "x", "--template", "a photo"), "put {} where the statement goes"),
         (("--template", "{}"), "not for the toy's"),
+        (("--out", TOY), "is a file"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(arguments, message):
@@ -400,18 +412,6 @@ def test_a_broken_picture_is_named(folder, tmp_path):
     (folder / "MMVP_VLM_Images/Text/29.png").write_bytes(b"not a picture")
     done = run("--benchmark", folder, "--model", TOY, "--runs", tmp_path)
     assert done.returncode == 2 and "29.png cannot be read" in done.stderr
-
-
-def test_every_further_model_gets_its_own_picture_of_changed_pairs(tmp_path):
-    """Two enhanced models beside the original: nobody's picture is overwritten."""
-    items = benchmark.pairs(True, 1, seed=3)
-    before = np.zeros(len(items), dtype=bool)
-    after = {"a/enhanced": ~before, "b/enhanced": before.copy()}
-    after["b/enhanced"][0] = True
-    ev.changed_pictures(items, {"original": before, **after}, tmp_path, "changed")
-    assert {p.name for p in tmp_path.iterdir()} == {"changed.png", "changed_b_enhanced.png"}
-    wide, narrow = (Image.open(p).width for p in sorted(tmp_path.iterdir()))
-    assert wide > narrow, "nine pairs won against one; at most five are shown"
 
 
 def test_the_interval_of_a_change_covers_as_often_as_it_says():

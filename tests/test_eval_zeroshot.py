@@ -31,6 +31,12 @@ def run(*arguments):
     return command(shlex.join(["eval_zeroshot.py", *words]), {})
 
 
+def result_in(out):
+    """The figures of the only report in a folder."""
+    [file] = out.rglob("zeroshot*.json")
+    return json.loads(file.read_text())
+
+
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
     """Toy scenes in one folder per subject, with captions.json."""
@@ -132,7 +138,7 @@ def test_both_sides_in_one_call(classes, captions, enhanced, tmp_path):
     flags = ["--classify", classes, "--captions", captions, "--probe", "--layers"]
     code, out = run("--model", TOY, "--model", enhanced, *flags, "--out", tmp_path)
     assert code == 0, out
-    found = json.loads((tmp_path / "zeroshot.json").read_text())
+    found = result_in(tmp_path)
     tasks = [row["task"] for row in found["rows"]]
     assert tasks[:3] == [f"{classes.name} {t}" for t in ("top-1", "top-5", "linear probe")]
     assert tasks[3:] == [f"sixty {way}@{k}" for way in ("image", "text") for k in (1, 5, 10)]
@@ -156,11 +162,11 @@ def test_both_sides_in_one_call(classes, captions, enhanced, tmp_path):
 def test_a_second_call_is_answered_from_the_cache(classes, tmp_path):
     flags = ["--model", TOY, "--classify", classes, "--cache", tmp_path / "f", "--out", tmp_path]
     assert run(*flags)[0] == 0
-    first = json.loads((tmp_path / "zeroshot.json").read_text())["rows"]
+    first = result_in(tmp_path)["rows"]
     files = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()}
     assert len(files) == 2 and run(*flags)[0] == 0
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()} == files
-    assert json.loads((tmp_path / "zeroshot.json").read_text())["rows"] == first
+    assert result_in(tmp_path)["rows"] == first
 
 
 def test_class_directions_are_means_over_prompts():
@@ -247,9 +253,9 @@ def test_real_photographs_end_to_end(tmp_path):
     models = ["--model", tmp_path / "a", "--model", tmp_path / "b"]
     sets = ["--classify", tmp_path / "classes", "--captions", tmp_path / "twenty.json"]
     more = ["--captions", SHARED / "captions.json", "--images", SHARED]
-    code, out = run(*models, *sets, *more, "--out", tmp_path, "--cache", tmp_path / "f")
+    code, out = run(*models, *sets, *more, "--out", tmp_path / "out", "--cache", tmp_path / "f")
     assert code == 0, out
-    rows = json.loads((tmp_path / "zeroshot.json").read_text())["rows"]
+    rows = result_in(tmp_path / "out")["rows"]
     found = {row["task"]: row["models"] for row in rows}
     assert next(r["n"] for r in rows if r["task"] == "captions text@1") == 83
     encoder = Encoder("a", *load_clip(str(tmp_path / "a")), CPU)
@@ -272,11 +278,13 @@ def spoilt(tmp_path_factory):
     Image.new("RGB", (8, 8)).save(here / "hollow" / "a" / "x.png")
     Image.new("RGB", (8, 8)).save(here / "broken" / "a" / "x.png")
     (here / "broken" / "b" / "y.png").write_bytes(b"no picture")
+    shutil.copytree(here / "broken", here / "again" / "broken")
     for name, content in {
         "no.json": "nothing",
         "list.json": '[{"picture": "x.png"}]',
         "empty.json": "[]",
         "number.json": "7",
+        "words.json": '[{"file": "x.png", "captions": [5]}]',
         "missing.json": '[{"file": "x.png", "captions": ["a"]}]',
         "coco.json": '{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}',
         "short.csv": "image|caption\nx.png|a\n",
@@ -303,9 +311,11 @@ def spoilt(tmp_path_factory):
         ("--captions {s}/list.json", "none of the known formats"),
         ("--captions {s}/empty.json", "none of the known formats"),
         ("--captions {s}/number.json", "none of the known formats"),
+        ("--captions {s}/words.json", "none of the known formats"),
         ("--captions {s}/coco.json", "none of the known formats"),
         ("--captions {s}/short.csv", "none of the known formats"),
         ("--captions {s}/missing.json", "say where they are with --images"),
+        ("--classify {s}/again/broken --classify {s}/broken", "have the same name"),
         ("--clasify x", "did you mean --classify?"),
         ("--classify {s}/broken --model ViT-X:openai", "not an open_clip model name"),
         ("--classify {s}/broken --model {s}/empty", "is missing"),

@@ -229,12 +229,16 @@ def test_stage1_learns(make_genhancer, denoiser):
 
 
 @BOTH
-def test_reconstruct(make_genhancer, denoiser):
-    rows = make_genhancer(denoiser).reconstruct(images())
-    assert len(rows) == (3 if denoiser == "flow" else 5)
-    assert torch.equal(rows["original"], images())
-    for picture in rows.values():
-        assert picture.shape == (4, 3, 32, 32) and picture.min() >= 0 and picture.max() <= 1
+@pytest.mark.parametrize("wrong, words", [
+    (torch.rand(3, 32, 32), r"expected floats \('B', 3, 32, 32\), got torch.float32 \(3, 32, 32\)"),
+    (torch.rand(2, 3, 30, 32), "expected floats"),
+    (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "got torch.uint8"),
+    (torch.rand(2, 3, 32, 32) * 2 - 1, "expected values in \\[0, 1\\]"),
+    (torch.rand(2, 3, 32, 32) * 255, "expected values in \\[0, 1\\]"),
+])  # fmt: skip
+def test_images_that_are_none_are_refused_in_words(make_genhancer, denoiser, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        make_genhancer(denoiser)(wrong)
 
 
 # -- towers --------------------------------------------------------------------------------------

@@ -1,4 +1,9 @@
-"""lora.py on open_clip's ViT and on a timm trunk: identity, merging, what trains, counts."""
+"""lora.py on open_clip's ViT and on a timm trunk: identity, merging, strength, what trains, counts.
+
+Other people's models are in test_lora_others.py.
+"""
+
+import copy
 
 import open_clip
 import pytest
@@ -168,18 +173,17 @@ def test_save_and_load_the_adapters_alone(kind):
                 b += 0.1
     lora.load_lora_state_dict(other, lora.lora_state_dict(tower))
     assert torch.equal(tower(IMAGES), other(IMAGES))
+    zeros = {name: torch.zeros_like(x) for name, x in lora.lora_state_dict(tower).items()}
+    lora.load_lora_state_dict(other, zeros)
+    lora.merge_lora(other)
+    lora.load_lora_state_dict(other, lora.lora_state_dict(tower))  # into a merged tower
+    lora.merge_lora(tower)
+    assert torch.equal(tower(IMAGES), other(IMAGES))
+    lora.unmerge_lora(tower)
     wrong = TOWERS[kind]()
     lora.inject_lora(wrong, rank=2)
     with pytest.raises(ValueError, match="do not fit"):
         lora.load_lora_state_dict(wrong, lora.lora_state_dict(tower))
-
-
-def test_cross_attention_goes_through_each_input():
-    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
-    adapted = lora.LoRAAttention(attention, 4, 4.0, 0.0).eval()
-    q, kv = torch.randn(2, 3, 16), torch.randn(2, 5, 16)
-    expected = attention(q, kv, kv, need_weights=False)[0]
-    assert torch.allclose(adapted(q, kv, kv)[0], expected, atol=1e-6)
 
 
 def test_published_counts_vit_l_14():
@@ -196,11 +200,22 @@ def test_published_counts_vit_l_14():
 
 
 @pytest.mark.parametrize(
-    "kwargs, message", [({"rank": 0}, "rank"), ({"bias": "all"}, "bias policy")]
+    "kwargs, message",
+    [
+        ({"rank": 0}, "rank 0"),
+        ({"rank": 2.5}, "whole number"),
+        ({"alpha": 0}, "positive alpha"),
+        ({"alpha": float("nan")}, "positive alpha"),
+        ({"dropout": 1.0}, r"dropout 1.0.*\[0, 1\)"),
+        ({"bias": "all"}, "bias policy"),
+        ({"rnak": 4, "r": 2}, r"no setting \['r', 'rnak'\]; rank, alpha, dropout, bias exist"),
+    ],
 )
 def test_bad_settings(kwargs, message):
+    tower = make_clip().visual
     with pytest.raises(ValueError, match=message):
-        lora.inject_lora(make_clip().visual, **kwargs)
+        lora.inject_lora(tower, **kwargs)
+    assert all(p.requires_grad for p in tower.parameters()), "a refusal changes nothing"
 
 
 def test_twice_or_nothing_is_refused():
@@ -210,3 +225,176 @@ def test_twice_or_nothing_is_refused():
         lora.inject_lora(tower, rank=2)
     with pytest.raises(ValueError, match="nothing|no Linear"):
         lora.inject_lora(nn.Sequential(nn.ReLU()), rank=2)
+
+
+# -- strength ------------------------------------------------------------------------------------
+def trained(kind, bias="lora_only"):
+    """A tower after training as far as its tensors tell: adapters and biases have moved."""
+    tower = TOWERS[kind]()
+    given = {k: v.clone() for k, v in tower.state_dict().items()}
+    lora.inject_lora(tower, rank=4, bias=bias)
+    disturb(tower)
+    with torch.no_grad():
+        for _, layer in lora.lora_layers(tower):
+            for b in layer.biases().values():
+                b += 0.1 * torch.randn_like(b) if bias == "lora_only" else 0
+    return tower, given, lora.merged_state_dict(tower)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize("bias", ["lora_only", "none"])
+@pytest.mark.parametrize("strength", [0, 0.5, 1, 2, -1])
+def test_strength_is_that_of_the_whole_change(kind, bias, strength):
+    """The outputs are those of a plain tower with weights W + s·ΔW and biases b + s·Δb."""
+    tower, given, full = trained(kind, bias)
+    plain = TOWERS[kind]()
+    plain.load_state_dict({k: given[k] + strength * (full[k] - given[k]) for k in given})
+    expected = plain(IMAGES)
+    learnt, weights = lora.lora_state_dict(tower), None
+    lora.scale_lora(tower, 7)
+    lora.scale_lora(tower, strength)  # absolute: what was set before is forgotten
+    assert (tower(IMAGES) - expected).abs().max() <= 2e-5
+    for merged in (False, True):
+        if merged:
+            lora.merge_lora(tower)
+        assert (tower(IMAGES) - expected).abs().max() <= 2e-5
+        weights = lora.merged_state_dict(tower)
+        assert all(torch.allclose(weights[k], plain.state_dict()[k], atol=1e-5) for k in given)
+        saved = lora.lora_state_dict(tower)
+        assert saved.keys() == learnt.keys()
+        assert all(torch.equal(saved[k], learnt[k]) for k in saved), "saved at full strength"
+    lora.scale_lora(tower, 1)  # merged as it is
+    assert all(torch.equal(full[k], x) for k, x in lora.merged_state_dict(tower).items())
+    lora.scale_lora(tower, strength)
+    lora.unload_lora(tower)
+    assert all(torch.equal(weights[k], x) for k, x in tower.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_strength_zero_is_the_given_tower_and_one_the_trained_one_bit_by_bit(kind):
+    before = TOWERS[kind]()(IMAGES)
+    tower, given, _ = trained(kind)
+    after = tower(IMAGES)
+    lora.scale_lora(tower, 0)
+    assert torch.equal(tower(IMAGES), before) and not torch.equal(after, before)
+    assert all(torch.equal(given[k], x) for k, x in lora.merged_state_dict(tower).items())
+    lora.scale_lora(tower, 1)
+    assert torch.equal(tower(IMAGES), after)
+    lora.scale_lora(tower, 0)
+    lora.merge_lora(tower)
+    assert torch.equal(tower(IMAGES), before)
+    lora.unmerge_lora(tower)
+    lora.scale_lora(tower, 1)
+    assert torch.equal(tower(IMAGES), after)
+
+
+def test_a_copied_tower_and_one_in_half_precision_scale_as_well():
+    tower, _, full = trained("open_clip")
+    lora.scale_lora(tower, 0.5)
+    twin = copy.deepcopy(tower)
+    assert torch.equal(twin(IMAGES), tower(IMAGES))
+    lora.scale_lora(twin, 1)
+    assert all(torch.equal(full[k], x) for k, x in lora.merged_state_dict(twin).items())
+    half = tower.bfloat16()(IMAGES.bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.isfinite(half).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_tower_in_half_precision_keeps_its_own_and_trains_adapters_in_float32(dtype):
+    tower = make_clip().visual.to(dtype)
+    before = tower(IMAGES.to(dtype))
+    lora.inject_lora(tower, rank=4)
+    assert torch.equal(before, tower(IMAGES.to(dtype)))
+    disturb(tower)
+    out = tower(IMAGES.to(dtype))
+    assert out.dtype == dtype and not torch.equal(out, before)
+    out.square().sum().backward()
+    found = [p for n, p in tower.named_parameters() if ".adapters." in n]
+    assert all(p.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in found)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(strength):
+    tower, *_ = trained("open_clip")
+    with pytest.raises(ValueError, match="no finite number"):
+        lora.scale_lora(tower, strength)
+
+
+def test_a_tower_without_adapters_has_no_strength():
+    tower, *_ = trained("open_clip")
+    lora.unload_lora(tower)
+    with pytest.raises(ValueError, match="no adapters to scale"):
+        lora.scale_lora(tower, 0.5)
+
+
+# -- which layers --------------------------------------------------------------------------------
+def test_targets_and_skip_choose_by_name_or_by_a_function():
+    def names(**choice):
+        return lora.inject_lora(make_clip().visual, rank=2, **choice)
+
+    block = ["attn", "mlp.c_fc", "mlp.c_proj"]
+    blocks = [f"transformer.resblocks.{i}.{name}" for i in (0, 1) for name in block]
+    assert names() == ["proj", *blocks]
+    assert names(targets="attn") == [blocks[0], blocks[3]]
+    assert names(targets=("resblocks.1", "proj")) == ["proj", *blocks[3:]]
+    assert names(targets=["transformer.resblocks.0.mlp.c_fc"]) == [blocks[1]]
+    assert names(skip="mlp") == ["proj", blocks[0], blocks[3]]
+    assert names(skip="proj") == blocks, "whole parts: c_proj is another name"
+    assert names(targets="mlp", skip=lambda name, module: name.endswith("c_fc")) == blocks[2::3]
+    linears = names(targets=lambda name, layer: isinstance(layer, nn.Linear))
+    assert linears == [name for name in blocks if "mlp" in name]
+    assert names(skip=lambda name, module: name[-11:] == "resblocks.0") == ["proj", *blocks[3:]]
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"targets": "atn"}, "no module 'atn'"),
+        ({"targets": ("attn", "q_proj")}, "no module 'q_proj'"),
+        ({"train": "head"}, "no module 'head'"),
+        ({"targets": "ln_1"}, "no Linear"),
+        ({"targets": "attn", "skip": "transformer"}, "no Linear"),
+        ({"targets": "attn", "train": "out_proj"}, "attn.out_proj cannot train whole"),
+    ],
+)
+def test_a_choice_that_cannot_be_meant_is_refused(choice, message):
+    tower = make_clip().visual
+    names = list(tower.state_dict())
+    with pytest.raises(ValueError, match=message):
+        lora.inject_lora(tower, rank=2, **choice)
+    assert list(tower.state_dict()) == names and all(p.requires_grad for p in tower.parameters())
+
+
+def test_layers_by_name_learn_whole():
+    """A fresh head on a tower: it gets no adapter, it learns, and it is saved with them."""
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential()
+        model.tower = make_clip().visual
+        model.head = nn.Sequential(nn.BatchNorm1d(24), nn.Linear(24, 3))
+        return model
+
+    model, other = make(), make()
+    for m in (model, other):
+        assert "head" not in lora.inject_lora(m, rank=2, train="head")
+    whole = {n for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n}
+    assert {"head.0.weight", "head.1.weight", "head.1.bias"} < whole and all(
+        "head" in n or "bias" in n for n in whole
+    )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = model.head[1].weight.clone()
+    model(IMAGES).square().sum().backward()
+    optimizer.step()
+    head = model.head[1].weight.clone()
+    assert not torch.equal(head, before)
+    model.eval().requires_grad_(False)  # as before an evaluation: what is saved does not change
+    state = lora.lora_state_dict(model)
+    assert torch.equal(state["head.1.weight"], head) and "tower.proj.proj.A" in state
+    lora.load_lora_state_dict(other, state)
+    assert torch.equal(other.eval()(IMAGES), model(IMAGES)), "BatchNorm's averages go along"
+    lora.scale_lora(model, 0)
+    assert torch.equal(model(IMAGES), model.head(make_clip().visual(IMAGES))), "on the old tower"
+    lora.unload_lora(model)
+    assert list(model.state_dict()) == list(make().state_dict())
+    assert lora.lora_state_dict(model) == {}

@@ -11,7 +11,7 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from settings import BACKBONES, Settings, preset_of
+from settings import BACKBONES, Settings
 from training import assemble, plan
 from training import checkpoints as ckpt
 from training.assemble import make_optimizer, parameter_groups
@@ -21,7 +21,7 @@ CPU = Process()
 
 
 def toy(denoiser="flow", **more):
-    return Settings(**{**preset_of({"denoiser": denoiser}), "denoiser": denoiser, **more})
+    return Settings.of("toy", denoiser=denoiser, **more)
 
 
 @pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
@@ -30,7 +30,8 @@ def toy(denoiser="flow", **more):
 def test_parameters_and_memory_of_a_real_step(denoiser, stage, micro_batch):
     """Everything within 5 % of what a real step holds: weights, gradients, moments, and what
     autograd keeps."""
-    settings = toy(denoiser, stage=str(stage), micro_batch=micro_batch, mask_from=0.7, mask_to=0.7)
+    fixed = {"mask_from": 0.7, "mask_to": 0.7} if denoiser == "perceiver" else {}
+    settings = toy(denoiser, stage=str(stage), micro_batch=micro_batch, **fixed)
     foretold = plan.make_plan(settings, 1, "cpu")
     with plan.matrix_attention():
         _, model = assemble.build_model(settings, CPU)
@@ -131,7 +132,7 @@ def test_checkpoints_are_as_large_as_foretold(tmp_path):
 def test_flops_of_a_product_are_two_a_number():
     """Stage 1's count against the textbook: 6 × parameters × tokens for what learns, plus 2 × for
     what is frozen and only runs forward."""
-    settings = Settings(**preset_of({"preset": "openai-l14-224"}))
+    settings = Settings.of("openai-l14-224")
     figures = plan.make_plan(settings, 8, "cuda")
     denoiser = figures.parameters["denoiser (flow)"] * (196 + 1) * 6
     assert 0.6 * denoiser < figures.stages[1].flops < 2.0 * denoiser
@@ -144,13 +145,15 @@ def test_the_command_for_every_preset(preset):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     print(f"{preset}: {time.time() - start:.1f} s with the start of PyTorch")
-    assert "25,600,000 images, 8.5 epochs of CC3M" in done.stdout
-    assert "1,280,000 images" in done.stdout and "without --zero" in done.stdout
+    small = preset == "openai-b32-224"
+    stages = ("3,200,000", "320,000") if small else ("25,600,000 images, 8.5 epochs", "1,280,000")
+    assert all(images in done.stdout for images in stages)
+    assert "without --zero" in done.stdout
     assert not (ROOT / "runs" / preset).exists()
 
 
 def test_the_large_denoiser_fits_24_gb_with_zero_only():
-    settings = Settings(**preset_of({"preset": "openai-l14-224"}), micro_batch=2, zero=True)
+    settings = Settings.of("openai-l14-224", micro_batch=2, zero=True)
     shared = plan.make_plan(settings, 8, "cuda").stages[1].memory
     assert sum(shared.values()) < 21e9
     trainable = shared["trainable weights"]
@@ -159,9 +162,7 @@ def test_the_large_denoiser_fits_24_gb_with_zero_only():
 
 
 def test_flux_in_the_plan():
-    settings = Settings(
-        **preset_of({"preset": "openai-l14-224"}), flux="flux1-dev.safetensors", micro_batch=2
-    )
+    settings = Settings.of("openai-l14-224", flux="flux1-dev.safetensors", micro_batch=2)
     figures = plan.make_plan(settings, 8, "cuda")
     assert figures.parameters["denoiser (flow)"] / 1e9 == pytest.approx(11.90, abs=0.01)
     assert figures.stages[1].trainable < 25e6, "the projectors alone"

@@ -114,8 +114,9 @@ def help_of(script):
     if script not in HELP:
         module = ["-m", script.removesuffix(".py").replace("/", ".")]
         how = [script] if "/" not in script or script.startswith("benchmarks/") else module
+        everything = ["--help", "all"] if script == "train.py" else ["--help"]
         done = subprocess.run(
-            [sys.executable, *how, "--help"], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, *how, *everything], capture_output=True, text=True, cwd=ROOT
         )
         assert done.returncode == 0, done.stderr
         HELP[script] = done.stdout
@@ -159,7 +160,33 @@ def test_the_snippets_are_python_that_names_what_exists():
             for node in ast.walk(ast.parse(snippet)):
                 if isinstance(node, ast.ImportFrom):
                     module = importlib.import_module(node.module)
-                    assert all(hasattr(module, alias.name) for alias in node.names)
+                    for name in (alias.name for alias in node.names):
+                        inside = f"{node.module}.{name}"
+                        assert hasattr(module, name) or importlib.import_module(inside)
+
+
+CELLS = re.findall(r"```python\n(.*?)```", DOCS["USAGE.md"].split("## From Python")[1], re.S)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=range(1, len(CELLS) + 1))
+def test_the_cells_run_and_are_short(cell, straight, tmp_path, monkeypatch, capsys):
+    """Each as a script of its own, beside a run called runs/demo."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(straight)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    lines = [line for line in cell.splitlines() if line.strip()]
+    beyond = [line for line in lines if not re.match(r"(from|import) ", line)]
+    assert 3 <= len(beyond) <= 12
+    exec(compile(cell, "cell", "exec"), {})  # our own text, from docs/USAGE.md
+    printed = capsys.readouterr().out.splitlines()
+    wanted = [name for name in ("drawn.png", "loss.png") if name in cell]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in wanted)
+    assert wanted or len(printed) in (6, 20, 4)
+
+
+def test_there_are_five_cells():
+    assert len(CELLS) == 5
 
 
 # -- numbers -------------------------------------------------------------------------------------
@@ -167,11 +194,11 @@ def test_the_snippets_are_python_that_names_what_exists():
     "heading, denoiser", [("Continuous denoiser", "flow"), ("Discrete denoiser", "perceiver")]
 )
 def test_settings_tables_name_the_presets_own_numbers(heading, denoiser):
-    from settings import PERCEIVER, Settings, preset_of
+    from settings import Settings
 
     rows = {row[0]: row[1:] for row in table(DOCS["SETTINGS.md"], heading)}
-    full = Settings(**(PERCEIVER if denoiser == "perceiver" else {}))
-    toy = Settings(**preset_of({"denoiser": denoiser}))
+    full = Settings.of("openai-l14-224", denoiser=denoiser)
+    toy = Settings.of("toy", denoiser=denoiser)
     plain = [cell.replace(" ", "").replace("\u202f", "") for cell in rows["steps"]]
     expected = [full.stage1_steps, full.stage2_steps, toy.stage1_steps, toy.stage2_steps]
     assert [int(cell) for cell in plain] == expected

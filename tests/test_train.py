@@ -49,7 +49,8 @@ def test_what_a_run_leaves_behind(straight):
     )
     config = json.loads((straight / "config.json").read_text())
     assert (
-        config["settings"]["stage1_steps"] == 6 and config["versions"]["torch"] == torch.__version__
+        config["stages"]["1"]["settings"]["stage1_steps"] == 6
+        and config["stages"]["2"]["versions"]["torch"] == torch.__version__
     )
     grid = Image.open(straight / "samples" / "stage1_step000006.png")
     assert np.asarray(grid).std() > 10
@@ -306,7 +307,7 @@ def test_perceiver_end_to_end(tmp_path):
 def test_the_two_denoisers_do_not_share_a_run(straight, perceiver):
     """Neither a run of the other kind nor its stage 1 is taken for one's own."""
     done = train_here(straight.parent, "straight", tiny=PERCEIVER)
-    assert done.returncode == 2 and "in its architecture (denoiser" in done.stderr
+    assert done.returncode == 2 and "in its settings (denoiser: flow → perceiver" in done.stderr
     done = train_here(
         straight.parent, "x", "--stage", "2", "--stage1_from", straight, tiny=PERCEIVER
     )

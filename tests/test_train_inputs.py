@@ -21,6 +21,7 @@ from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
 from pretrained.backbones import load_clip
 from toy import world
 from training import checkpoints as ckpt
+from training.preflight import read_state
 
 
 def photos(folder, count=12):
@@ -88,7 +89,7 @@ def test_tar_shards_both_stages_and_a_resume(tmp_path):
 
 
 def read_settings(stage):
-    return ckpt.read_state(ckpt.checkpoints_in(stage)[-1])["settings"]
+    return read_state(ckpt.checkpoints_in(stage)[-1])["settings"]
 
 
 def test_published_flux_as_the_denoiser(tmp_path):
@@ -186,13 +187,13 @@ WRONG = {
     "bad mask range": ([*DISCRETE, "--mask_from", "0.9", "--mask_to", "0.5"], "from ≤ to"),
     "flow's flag": ([*DISCRETE, "--time_scale", "5"], "--time_scale is of the flow denoiser"),
     "Perceiver's flag": (["--mask_to", "0.8"], "add --denoiser perceiver"),
-    "odd Perceiver": ([*DISCRETE, "--heads", "7"], "no multiple of 7 heads"),
+    "odd Perceiver": ([*DISCRETE, "--heads", "7"], "a multiple of 4 and of --heads 7"),
     "negative latents": ([*DISCRETE, "--learnt_latents", "-1"], "--learnt_latents -1"),
     "mistyped denoiser": (["--denoiser", "perciever"], "invalid choice: 'perciever'"),
     "bad RoPE": (["--rope_axes", "8,8"], "three even numbers"),
     "words for RoPE": (["--rope_axes", "a,b,c"], "expected three numbers"),
-    "bad ratio": (["--local_ratio", "200"], "percentage"),
-    "bad scale": (["--time_scale", "0"], "must be positive"),
+    "bad ratio": (["--local_ratio", "200"], "must be at most 100"),
+    "bad scale": (["--time_scale", "0"], "must be above 0"),
     "uneven batch": (["--batch", "10", "--micro_batch", "4"], "no multiple"),
     "stage 2 without stage 1": (["--stage", "2"], "needs stage 1"),
     "no such other run": (["--stage1_from", "/nowhere"], "holds no checkpoint"),
@@ -213,7 +214,7 @@ def test_wrong_input_is_one_line_and_exit_2(tmp_path, case):
 
 def test_full_size_presets_say_what_is_missing(tmp_path):
     for denoiser, flag in (("flow", "--vae"), ("perceiver", "--vqgan")):
-        tiny = ["--preset", "openai-l14-224", "--denoiser", denoiser]
+        tiny = ["--preset", "openai-l14-224", "--denoiser", denoiser, "--data", str(ROOT)]
         done = train_here(tmp_path, "x", tiny=tiny)
         assert done.returncode == 2 and f"{flag} is missing" in done.stderr
 
@@ -221,7 +222,7 @@ def test_full_size_presets_say_what_is_missing(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--width", "64", "--rope_axes", "8,12,12"], "in its architecture (denoiser.axes"),
+        (["--width", "64", "--rope_axes", "8,12,12"], "in its settings (rope_axes"),
         (["--stage1_lr", "1e-5"], "in its settings (stage1_lr"),
         (["--seed", "3"], "in its settings (seed"),
     ],
@@ -265,6 +266,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_help_names_every_flag_and_an_example():
     done = subprocess.run(
-        [sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "train.py", "--help", "all"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0 and "--drift_weight" in done.stdout and "torchrun" in done.stdout

@@ -24,8 +24,9 @@ FAST = (
     "train.py --toy_images 32 --width 32 --heads 2 --rope_axes 4,6,6 --batch 8 --micro_batch 8 "
     "--stage1_steps 2 --stage2_steps 2 --save_every 1 --runs {runs} "
 )
-FULL = "train.py --preset openai-l14-224 --clip {toy}/clip.safetensors --runs {runs} "
-SMALL = FULL + "--vae {toy}/vae.safetensors --width 32 --heads 2 --rope_axes 4,6,6 "
+NO_DATA = "train.py --preset openai-l14-224 --clip {toy}/clip.safetensors --runs {runs} "
+FULL = NO_DATA + "--data {here}/good "
+SMALL = NO_DATA + "--vae {toy}/vae.safetensors --width 32 --heads 2 --rope_axes 4,6,6 "
 
 
 class Evil:
@@ -64,6 +65,7 @@ def world(tmp_path_factory):
     assert code == 0, text
     for name, victim in (("damaged", "trained.safetensors"), ("halved", "optimizer.pt")):
         shutil.copytree(here / "runs" / "done", here / "runs" / name)
+        (here / "runs" / name / "enhanced" / "README.md").unlink()  # else it is finished
         file = here / "runs" / name / "stage2" / "step_00000002" / victim
         file.write_bytes(file.read_bytes()[:50])
     mmvp(here / "mmvp")
@@ -112,10 +114,10 @@ TABLE = [
     ("train.py --stage1_steps many", "invalid int value: 'many'"),
     (FAST + "--batch 0", "--batch 0: must be at least 1"),
     (FAST + "--batch 10 --micro_batch 4", "no multiple of micro_batch 4"),
-    (FAST + "--local_ratio 200", "expected a percentage"),
+    (FAST + "--local_ratio 200", "must be at most 100"),
     (FAST + "--rope_axes a,b", "expected three numbers like 16,56,56"),
-    (FAST + "--width 100", "width 100 must be heads"),
-    (FAST + "--time_scale 0", "must be positive"),
+    (FAST + "--width 100", "--width 100 must be heads"),
+    (FAST + "--time_scale 0", "must be above 0"),
     (FAST + "--end_to_end --stage 1", "drop --stage 1"),
     (FAST + "--layers 4", "--layers is of the perceiver denoiser"),
     ("train.py --denoiser perceiver --blocks 3 --runs {runs}", "--blocks is of the flow denoiser"),
@@ -142,7 +144,7 @@ TABLE = [
     (FULL + "--vae {toy}/clip.safetensors", "does not fit"),
     (FULL + "--vae {toy}/vqgan.safetensors", "is of another kind"),
     (FULL + "--denoiser perceiver --vqgan {here}/evil.ckpt", "cannot be read as tensors alone"),
-    (FULL + "--vae {toy}/vae.safetensors --flux {here}/nowhere.safetensors", "FLUX weights: no"),
+    (FULL + "--vae {toy}/vae.safetensors --flux {here}/nowhere.safetensors", "--flux: no file"),
     (FULL + "--vae {toy}/vae.safetensors --flux {toy}/vae.safetensors", "FLUX weights:"),
     (FULL + "--flux x --blocks 3", "--blocks would do nothing beside --flux"),
     (FAST + "--clip ViT-L-99:openai", "did you mean"),

@@ -152,8 +152,8 @@ def default_models(runs: Path) -> list[str]:
     return [str(TOY_DIR / "clip.safetensors"), str(newest.parent)]
 
 
-def draw_patterns(path: Path) -> None:
-    """One pair of every pattern with its statements, three to a row."""
+def draw_patterns(path: str | Path | None = None) -> Image.Image:
+    """One pair of every pattern with its statements, three to a row; saved if there is a path."""
     first = {item.category: item for item in reversed(pairs(False, per_pattern=3, seed=7))}
     rows = []
     for start in range(0, len(PATTERNS), 3):
@@ -161,7 +161,7 @@ def draw_patterns(path: Path) -> None:
         tiles = [to_tensor(image) for item in items for image in item.images]
         statements = [text for item in items for text in item.captions]
         rows.append((",  ".join(item.category for item in items), tiles, statements))
-    labelled_rows(rows, path, height=128)
+    return labelled_rows(rows, path, height=128)
 
 
 def main() -> None:
@@ -175,7 +175,7 @@ def main() -> None:
         write_classes(rest[0])
         print(f"written: {rest[0]}, a folder per subject and captions.json")
     elif command == "picture" and len(rest) == 1:
-        draw_patterns(Path(rest[0]))
+        draw_patterns(rest[0])
         print(f"written: {rest[0]}")
     else:
         raise ValueError("expected 'pairs FOLDER', 'classes FOLDER' or 'picture FILE.png'")

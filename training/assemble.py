@@ -4,7 +4,6 @@ The parts know nothing of settings and of each other; this file knows both. On e
 the same, so that a run can start without sending weights around.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,13 +14,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import CachedPictures, FileList, Pictures, find_images
+from evaluation.reconstruction import kept, psnr
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
 from genhancer import Continuous, Discrete, GenHancer
 from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
 from pretrained.autoencoders import VAE, VQGAN, VQGANConfig, load_vae, load_vqgan
-from pretrained.backbones import ClipInfo, load_clip
+from pretrained.backbones import ClipInfo, describe_clip, load_clip
 from pretrained.flux import load_flux
-from settings import Settings
+from settings import TOY_DIR, Settings, settings_of_run
 from toy.world import ToyScenes
 from training import checkpoints as ckpt
 from training.process import Process, start_process, wait_for_all
@@ -50,22 +50,15 @@ def seed_of(purpose: str, *numbers: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 2)
 
 
-def build_model(settings: Settings, process: Process) -> tuple[torch.nn.Module, GenHancer]:
+def build_model(
+    settings: Settings, process: Process | None = None
+) -> tuple[torch.nn.Module, GenHancer]:
     """CLIP and the module around it. Initialised alike on every rank: same seed, same order.
 
     The text tower is needed only when the result is written, and stays on the CPU.
     """
+    process = process or start_process(settings.precision)
     continuous = settings.denoiser == "flow"
-    if continuous and not settings.vae:
-        raise ValueError(
-            "--vae is missing: give FLUX.1's ae.safetensors (its Apache-2.0 'schnell' repository "
-            "has it)"
-        )
-    if not continuous and not settings.vqgan:
-        raise ValueError(
-            "--vqgan is missing: give a taming-transformers f16 VQ-GAN (K = 1024 or 16384), as "
-            "safetensors or as the published ckpt"
-        )
     clip, info = load_clip(settings.clip)
     tokenizer = load_vae(settings.vae) if continuous else load_vqgan(settings.vqgan)
     # Whatever loading drew from the global generator, the denoiser starts from this seed.
@@ -107,17 +100,11 @@ def join(
 
 def flow_config(settings: Settings, latent_channels: int) -> FlowDenoiserConfig:
     """The shape of the continuous denoiser that these settings ask for."""
-    try:
-        axes = tuple(int(a) for a in settings.rope_axes.split(","))
-    except ValueError:
-        raise ValueError(
-            f"--rope_axes {settings.rope_axes!r}: expected three numbers like 16,56,56"
-        ) from None
     return FlowDenoiserConfig(
         latent_channels=latent_channels,
         width=settings.width,
         heads=settings.heads,
-        axes=axes,
+        axes=settings.axes(),
         double_blocks=settings.blocks,
         single_blocks=2 * settings.blocks,
         vector_dim=settings.vector_dim,
@@ -147,13 +134,13 @@ def load_run(run: str | Path, stage: int = 2) -> tuple[torch.nn.Module, GenHance
 
     After stage 2 they share one adapted tower; what it was before is `model.original`.
 
-    Raises: FileNotFoundError where `run` is none, or has no checkpoint of that stage.
+    Raises: FileNotFoundError where `run` is none, or has no checkpoint of that stage; ValueError
+        for a stage that is neither 1 nor 2, or stage 1 of a run end to end.
     """
-    run = Path(run)
-    if not (run / "config.json").is_file():
-        raise FileNotFoundError(f"{run} is no run: it has no config.json")
-    settings = Settings(**json.loads((run / "config.json").read_text())["settings"])
-    clip, model = build_model(settings, start_process(settings.precision))
+    run, settings = Path(run), settings_of_run(run)
+    if stage not in (1, 2) or (stage == 1 and settings.end_to_end):
+        raise ValueError(f"run {run}: stage {stage!r}; there is {'2' if stage == 1 else '1 or 2'}")
+    clip, model = build_model(settings)
     needed = [1, 2][:stage] if not settings.end_to_end else [2]
     for number in needed:  # stage 2's own file holds the adapters alone
         folder = Path(settings.stage1_from or run) if (number, stage) == (1, 2) else run
@@ -211,6 +198,19 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, **how)
 
 
+def find_data(settings: Settings, process: Process) -> Dataset:
+    """The pictures, listed and not yet read."""
+    if not settings.data:
+        return ToyScenes(settings.toy_images, seed=seed_of("toy scenes", settings.seed))
+    size = describe_clip(settings.clip)[0].image_size
+    how = settings.crop_min, settings.seed, settings.crop_white
+    pictures = Pictures(picture_source(settings, process), size, *how)
+    # 50 000 toy scenes with their features are about 2 GB: beyond that a cache is a mistake.
+    if settings.cache and len(pictures) * size**2 > 50_000 * 64**2:
+        raise ValueError(f"--cache would hold {len(pictures)} images of {size} px: use --no-cache")
+    return pictures
+
+
 def picture_source(settings: Settings, process: Process) -> FileList | ShardIndex:
     """Where the pictures of --data lie."""
     if not is_shard_pattern(settings.data):
@@ -231,31 +231,30 @@ def picture_source(settings: Settings, process: Process) -> FileList | ShardInde
     return index
 
 
-def build_data(settings: Settings, model: GenHancer, process: Process) -> Dataset:
-    """The training set; with --cache, together with everything the frozen parts make of it."""
-    if settings.data:
-        dataset = Pictures(
-            picture_source(settings, process),
-            model.info.image_size,
-            settings.crop_min,
-            settings.seed,
-            settings.crop_white,
-        )
-    elif settings.preset == "toy":
-        dataset = ToyScenes(settings.toy_images, seed=seed_of("toy scenes", settings.seed))
-    else:
-        raise ValueError(
-            f"--data is missing: preset {settings.preset} needs a folder of images, a list of "
-            "them, or tar shards"
-        )
-    if not settings.cache:
-        return dataset
-    # 50 000 toy scenes with their features are about 2 GB: beyond that a cache is a mistake.
-    if len(dataset) * model.info.image_size**2 > 50_000 * 64**2:
-        raise ValueError(
-            f"--cache would hold {len(dataset)} images of {model.info.image_size} px: use "
-            "--no-cache"
-        )
+def warn_of_toy_tokenizer(
+    settings: Settings, model: GenHancer, pictures: Dataset, process: Process
+) -> None:
+    """The toy's tokenizers were trained on its scenes. Of photographs they keep blobs of colour,
+    and a denoiser can draw nothing better."""
+    file = Path(settings.vae if settings.denoiser == "flow" else settings.vqgan)
+    if not settings.data or file.resolve().parent != TOY_DIR or not process.is_main:
+        return
+    found = []
+    for source in (ToyScenes(16, seed=0), pictures):
+        items = [source[(i, 0)]["image"] for i in range(min(16, len(source)))]
+        images = torch.stack(items).to(process.device)
+        with torch.no_grad():
+            found.append(psnr(images, kept(model.paradigm, images)))
+    print(
+        f"note: {file.name} was made for the toy's scenes, of which it keeps {found[0]:.1f} dB "
+        f"(PSNR); of these pictures {found[1]:.1f}. The denoiser can draw nothing better: for "
+        "photographs take --preset openai-b32-224 or larger",
+        file=sys.stderr,
+    )
+
+
+def hold(pictures: Dataset, model: GenHancer, process: Process) -> Dataset:
+    """The training set in memory, with everything that the frozen parts make of it (--cache)."""
 
     def encode(images):
         cached = model.eval().precompute(images.to(process.device))
@@ -265,4 +264,4 @@ def build_data(settings: Settings, model: GenHancer, process: Process) -> Datase
         what = "encoding pictures once"
         return tqdm(chunks, what, unit="chunk", leave=False, disable=not process.is_main)
 
-    return CachedPictures(dataset, encode, bar)
+    return CachedPictures(pictures, encode, bar)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from training.preflight import checkpoints_in
 from util.files import flush, save_tensors
 
 GO_BACK = "delete this folder to go on from the one before"
@@ -59,19 +60,6 @@ def save_checkpoint(
     return target
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if (p / "state.json").is_file())
-
-
-def read_state(checkpoint: Path) -> dict:
-    """The JSON of a checkpoint. Raises: ValueError where it is not one."""
-    try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"checkpoint {checkpoint}: state.json cannot be read ({error})") from None
-
-
 def read_trained(checkpoint: Path) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint. Raises: ValueError where the file is damaged."""
     try:
@@ -104,24 +92,3 @@ def restore(module: torch.nn.Module, checkpoint: Path) -> None:
     except RuntimeError as error:  # it names what is of another shape
         first = " ".join(str(error).partition("\n")[2].split())[:300]
         raise ValueError(f"checkpoint {checkpoint} does not fit this model: {first}") from None
-
-
-def require_same(old: dict, new: dict, message: str) -> None:
-    """Raises: ValueError where an entry of `new` differs from that of `old`; `message` may hold
-    {what}, the entry, and {difference}."""
-    for what, mine in new.items():
-        if difference := first_difference(old.get(what, {}), mine):
-            # Not str.format: the name of a folder in the message may hold braces of its own.
-            raise ValueError(message.replace("{what}", what).replace("{difference}", difference))
-
-
-def first_difference(old: dict, new: dict, path: str = "") -> str | None:
-    """The first key at which two nested dicts differ, as "path: old → new"; None: they agree."""
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            if inner := first_difference(a, b, f"{path}{key}."):
-                return inner
-        elif json.loads(json.dumps(a)) != json.loads(json.dumps(b)):  # (1, 2) and [1, 2] are equal
-            return f"{path}{key}: {a} → {b}"
-    return None

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, sample grids, its configuration, and the enhanced CLIP.
+"""What a run leaves behind while it lasts: metrics, sample grids, and what it was started with.
 
 Everything is written so that a kill at any moment leaves it whole, and so that a resumed run leaves
 exactly what an undisturbed one would have left.
@@ -10,18 +10,17 @@ import platform
 import resource
 import subprocess
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from evaluation.reconstruction import reconstruct
 from genhancer import GenHancer
-from lora import lora_state_dict, merged_state_dict
-from settings import Settings, relevant
+from settings import Settings, of_stage
 from training.process import Process
-from util.files import save_tensors, write_atomically
+from util.files import write_atomically
 from util.pictures import sample_grid
 
 # The loss is logged per tenth of t or of the mask ratio: one mean hides that its ends differ.
@@ -37,23 +36,22 @@ class Window:
     """
 
     def __init__(self, level: str, state: dict | None = None):
-        state = state or {"per_bin": np.zeros((3, BINS)), "drift": np.zeros(2), "norm": 0.0}
-        self.level, self.gradient_norm = level, state["norm"]
+        state = state or {"per_bin": np.zeros((3, BINS)), "drift": np.zeros(2), "norm": np.zeros(2)}
+        self.level = level
         self.per_bin = np.array(state["per_bin"])  # sums of loss and right guesses, and the count
         self.drift = np.array(state["drift"])  # its sum, and the count
+        self.norm = np.array(state["norm"])  # of the gradient: its sum over steps, and their count
 
     def state(self) -> dict:
-        return {
-            "per_bin": self.per_bin.tolist(),
-            "drift": self.drift.tolist(),
-            "norm": self.gradient_norm,
-        }
+        """As JSON has it."""
+        return {name: getattr(self, name).tolist() for name in ("per_bin", "drift", "norm")}
 
     def add(self, result: dict, process: Process) -> None:
-        """Add one micro-batch: what `GenHancer.forward` returned.
+        """Add one step: what `train_step` returned.
 
-        Sums and counts, not means: they can be added over pieces and ranks in any split.
+        Sums and counts, not means: they can be added over steps and ranks in any split.
         """
+        self.norm += (result["gradient_norm"], 1)
         bins = (result["level"] * BINS).long().clamp(0, BINS - 1).cpu()  # (B,)
         losses = result["per_image"].double().cpu()
         right = result.get("accuracy", torch.zeros_like(losses)).double().cpu()
@@ -70,12 +68,8 @@ class Window:
         self.per_bin += per_bin.cpu().numpy()
         self.drift += drift.cpu().numpy()
 
-    def add_gradient_norm(self, norm: float) -> None:
-        """Add one step: the gradient's norm before clipping."""
-        self.gradient_norm += norm
-
-    def line(self, steps: int, codes: int | None = None) -> dict:
-        """Means over the window, which was `steps` steps long. A bin nothing fell into is null.
+    def line(self, codes: int | None = None) -> dict:
+        """Means over the window. A bin nothing fell into is null.
 
         With a codebook of `codes` entries, the accuracy on masked tokens stands beside the loss,
         and ln K beside both: what guessing uniformly would cost.
@@ -86,7 +80,7 @@ class Window:
             line |= {"uniform_guess": math.log(codes), "accuracy": right.sum() / count.sum()}
             line[f"accuracy_per_{self.level}_bin"] = self._per_bin(right, count)
         line[f"loss_per_{self.level}_bin"] = self._per_bin(loss, count)
-        line["gradient_norm"] = self.gradient_norm / steps
+        line["gradient_norm"] = self.norm[0] / self.norm[1]
         if self.drift[1]:
             line["drift"] = self.drift[0] / self.drift[1]
         return line
@@ -102,21 +96,54 @@ def draw_samples(model: GenHancer, dataset, path: Path, device: torch.device) ->
     images = torch.stack([dataset[(i, 0)]["image"] for i in range(count)]).to(device)
     model.eval()
     with torch.random.fork_rng():  # leave the global generator as the loop expects it
-        sample_grid(model.reconstruct(images), path)
+        rows = reconstruct(model, images)
+        sample_grid({row.label: row.pictures for row in rows.values()}, path)
     model.train()
 
 
-def append_metrics(path: Path, line: dict) -> None:
-    """One more line of metrics.jsonl."""
+def append_metrics(path: Path, line: dict, board=None) -> None:
+    """One more line of metrics.jsonl; its numbers on TensorBoard's `board` as well."""
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
+    if board:
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("stage", "step"):
+                board.add_scalar(name, value, line["step"])
+        board.flush()
+
+
+def open_board(run: Path, stage: int, done: int):
+    """TensorBoard's writer of a stage that goes on after `done` steps: later points are dropped, as
+    `trim_metrics` drops lines."""
+    from torch.utils.tensorboard import SummaryWriter  # an extra: only where it is asked for
+
+    return SummaryWriter(run / "tensorboard" / f"stage{stage}", purge_step=done + 1)
+
+
+def read_metrics(run: str | Path, stage: int | None = None) -> dict[str, list]:
+    """metrics.jsonl as columns: ``read_metrics("runs/demo", stage=1)["loss"]``.
+
+    Args: stage: its lines only.
+    Returns: lists of equal length, in the order of the file; None where a line has no such entry.
+    Raises: FileNotFoundError where `run` has none yet.
+    """
+    file = Path(run) / "metrics.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{run} has no metrics.jsonl: no run, or none that came so far")
+    lines = [line for line in _lines(file) if stage in (None, line["stage"])]
+    names = dict.fromkeys(name for line in lines for name in line)
+    return {name: [line.get(name) for line in lines] for name in names}
+
+
+def _lines(file: Path) -> list[dict]:
+    """All but one that was cut off in the middle."""
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
 
 
 def trim_metrics(path: Path, stage: int, step: int) -> None:
     """Drop a stage's lines after the checkpoint it goes on from: they will be written again."""
     if path.is_file():
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
+        kept = [line for line in _lines(path) if line["stage"] != stage or line["step"] <= step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -127,77 +154,23 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
 
 
-def write_config(settings: Settings, process: Process, run: Path) -> None:
-    """All settings, versions and the git commit, so that a run can be told from another."""
+def write_config(settings: Settings, stage: int, process: Process, run: Path) -> None:
+    """A stage's settings as it was started with them, versions and the git commit, so that a run
+    can be told from another. The other stage's stay as they are."""
     try:
         command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
         commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
     about = {
-        "settings": asdict(settings),
-        "versions": versions,
+        "settings": of_stage(settings, stage),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit or None,
         "ranks": process.ranks,
         "device": str(process.device),
         "date": time.strftime("%Y-%m-%d"),
     }
-    write_atomically(run / "config.json", json.dumps(about, indent=1))
-
-
-def write_enhanced(clip, model: GenHancer, settings: Settings, run: Path) -> None:
-    """The result: a folder that `open_clip.create_model_from_pretrained('local-dir:…')` loads."""
-    folder = run / "enhanced"
-    # The text tower is copied as it was; the image tower has its adapters folded in, so that the
-    # result has the original keys and shapes and needs none of this project's code.
-    rest = {k: v for k, v in clip.state_dict().items() if not k.startswith("visual.")}
-    tower = {f"visual.{k}": v for k, v in merged_state_dict(model.visual).items()}
-    save_tensors({**rest, **tower}, folder / "open_clip_model.safetensors")
-    write_atomically(
-        folder / "open_clip_config.json", json.dumps(model.info.open_clip_config(), indent=1)
-    )
-    if settings.tuning == "lora":
-        # In a folder of its own: open_clip takes any .safetensors beside its config for weights.
-        save_tensors(lora_state_dict(model.visual), folder / "lora" / "lora.safetensors")
-    write_atomically(folder / "README.md", model_card(settings, run))
-
-
-def model_card(settings: Settings, run: Path) -> str:
-    """What the enhanced model is, what it cost and what made it, as Markdown."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = {line["stage"]: line for line in lines}
-    rows = "\n".join(
-        f"| {stage} | {line['step']} | {line['images']:,} | {line['loss']:.4f} | "
-        f"{line.get('drift', 0):.4f} |"
-        for stage, line in sorted(last.items())
-    )
-    chosen = "\n".join(f"| {name} | {value} |" for name, value in relevant(settings, 2).items())
-    tokenizer = settings.vae if settings.denoiser == "flow" else settings.vqgan
-    return f"""---
-library_name: open_clip
-pipeline_tag: zero-shot-image-classification
-tags: [clip, genhancer]
----
-# CLIP enhanced by GenHancer
-
-Base: `{settings.clip}`. The text tower is unchanged. Load with
-`open_clip.create_model_from_pretrained('local-dir:{run / "enhanced"}')`; for transformers, \
-`python export_hf.py`.
-
-| stage | steps | images seen | loss | drift 1 − cos |
-|---|---|---|---|---|
-{rows}
-
-Benchmark figures: `python eval_mmvp.py` writes them beside this folder, in `eval/`.
-
-Settings that decide the numbers, stage 2 (those of stage 1 are in `config.json`):
-
-| setting | value |
-|---|---|
-{chosen}
-
-Licence: these weights are derived from the base model's and stand under its licence \
-(OpenAI's CLIP: MIT; MetaCLIP: CC-BY-NC 4.0; SigLIP: Apache 2.0; the toy: MIT). The \
-tokenizer ({tokenizer}) and the training images taught them, but none of their content is inside.
-"""
+    file = run / "config.json"
+    stages = json.loads(file.read_text()).get("stages", {}) if file.is_file() else {}
+    stages = dict(sorted({**stages, str(stage): about}.items()))
+    write_atomically(file, json.dumps({"stages": stages}, indent=1))

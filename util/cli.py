@@ -15,11 +15,14 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import math
+import operator
 import os
+import re
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -33,85 +36,167 @@ def setting(default, choices: Sequence[str] | None = None, **notes):
     Args:
         default: its type is the flag's; a tuple makes a flag that may be repeated.
         choices: the only values allowed.
-        notes: whatever the owner of the dataclass wants to remember at the field; "at_least" is
-            known to `check_bounds`.
+        notes: whatever the owner of the dataclass wants to remember at the field. Known here are
+            the bounds "at_least", "at_most" and "above" (see `check_bounds`), and "first": where
+            any field has it, the short help shows only those that do.
     """
     return dataclasses.field(default=default, metadata={"choices": choices, **notes})
 
 
-def help_texts(cls: type) -> dict[str, str]:
-    """Field → the docstring below it. Python keeps none for fields, so the source is read."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    return {
-        field.target.id: " ".join(below.value.value.split())
-        for field, below in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(below, ast.Expr)
-        and isinstance(below.value, ast.Constant)
-    }
+@dataclasses.dataclass
+class Group:
+    """Fields under one title, as the help shows them."""
+
+    title: str
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """field → the docstring below it"""
+
+
+def help_groups(cls: type) -> list[Group]:
+    """The fields of a dataclass with their docstrings, grouped by its lines ``# -- title``.
+
+    Python keeps neither docstrings of fields nor comments, so the source is read.
+    """
+    source = textwrap.dedent(inspect.getsource(cls))
+    groups, titles = [Group("")], {}
+    for number, line in enumerate(source.splitlines(), start=1):
+        if line.strip().startswith("# -- "):
+            titles[number] = line.strip().removeprefix("# -- ")
+    for field, below in itertools.pairwise(ast.parse(source).body[0].body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            begun = [titles.pop(n) for n in list(titles) if n < field.lineno]
+            groups += [Group(title) for title in begun]
+            groups[-1].texts[field.target.id] = " ".join(below.value.value.split())
+    return [group for group in groups if group.texts]
 
 
 def parse_settings(
     cls: type,
-    description: str,
-    example: str,
+    summary: str,
+    examples: str,
     arguments: Sequence[str] | None = None,
-    preset: Callable[[dict], dict] = lambda given: {},
+    decides: Sequence[str] = (),
+    hints: dict[str, str] | None = None,
 ):
     """Flags → an instance of `cls`.
 
     Args:
         cls: a dataclass whose fields were made by `setting`, each with a docstring.
+        summary, examples: what the command does, and how it is called; for ``--help``.
         arguments: the command line, by default the process's own.
-        preset: given flags → values that replace the fields' defaults; flags given by hand win.
+        decides: fields on which the defaults of others depend; ``--help`` takes them into account.
+        hints: what to say of flags that do not exist.
     A flag that is unknown, or a value out of bounds, ends the process with one line.
     """
-    parser = OneLineParser(
-        description=description,
-        epilog=example,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    texts = help_texts(cls)
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.hints = hints or {}
+    parser.add_argument("-h", "--help", nargs="?", const="short", choices=("short", "all"))
     for field in dataclasses.fields(cls):
-        kind, choices = type(field.default), field.metadata["choices"]
-        shown = field.default if field.default != () else "none"
-        text = f"{texts[field.name]} (default: {shown})".replace("%", "%%")
-        options = {"help": text, "default": argparse.SUPPRESS}
+        kind, options = type(field.default), {"default": argparse.SUPPRESS}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:
-            options |= {"action": "append", "metavar": "TEXT"}
+            options["action"] = "append"
         else:
-            options |= {"type": kind, "choices": choices}
-            options |= {} if choices else {"metavar": kind.__name__.upper()}
+            options |= {"type": kind, "choices": field.metadata["choices"]}
         parser.add_argument(f"--{field.name}", **options)
     given = vars(parser.parse_args(arguments))
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    settings = cls(**{**preset(given), **given})
+    wanted = given.pop("help")
     try:
+        if wanted:
+            shown = cls(**{name: given[name] for name in decides if name in given})
+            print(help_text(f"{summary}\n\n{examples}", shown, wanted == "all"))
+            sys.exit(0)
+        settings = cls(**given)
         check_bounds(settings)
     except ValueError as error:
         parser.error(str(error))
     return settings
 
 
+def help_text(about: str, shown, everything: bool) -> str:
+    """What ``--help`` prints: what it is about, and flags with the values of `shown`, which is what
+    a run has that is given nothing else."""
+    spec = sys.modules["__main__"].__spec__  # of python -m; None: of a script
+    command = f"-m {spec.name}" if spec else os.path.basename(sys.argv[0])
+    fields = {field.name: field for field in dataclasses.fields(shown)}
+    first = [name for name, field in fields.items() if field.metadata.get("first")]
+    short = bool(first) and not everything
+    groups = help_groups(type(shown))
+    if short:
+        texts = {name: text for group in groups for name, text in group.texts.items()}
+        groups = [Group("used most", {name: texts[name] for name in first})]
+    lines = [f"usage: python {command} [--FLAG VALUE …] [--help{' [all]' * bool(first)}]", "", *about.splitlines()]
+    for group in groups:
+        lines += ["", f"{group.title or 'flags'}:"]
+        for name, text in group.texts.items():
+            lines += _flag_lines(fields[name], text, getattr(shown, name))
+    if short:
+        more = f"All {len(fields)} flags with their reasons: python {command} --help all"
+        lines += ["", more + " [--preset …]" * ("preset" in fields)]
+    return "\n".join(lines)
+
+
+def _flag_lines(field: dataclasses.Field, text: str, value) -> list[str]:
+    """One flag: its name and values, then what it means and its default."""
+    kind, choices = type(field.default), field.metadata["choices"]
+    name = f"--{field.name}, --no-{field.name}" if kind is bool else f"--{field.name}"
+    values = {bool: "", tuple: "TEXT (may be repeated)", str: "TEXT", int: "INT", float: "FLOAT"}
+    head = f"  {name} {', '.join(choices) if choices else values[kind]}".rstrip()
+    default = "none" if value in ("", ()) else "on" if value is True else value
+    default = "off" if value is False else default
+    about = textwrap.wrap(f"{text} (default: {default})", 94, break_long_words=False)
+    column = 26
+    if len(head) < column - 1 and len(about) == 1 and column + len(about[0]) <= 100:
+        return [head.ljust(column) + about[0]]
+    indent = " " * 6
+    heads = textwrap.wrap(head, 100, subsequent_indent=indent, break_on_hyphens=False)
+    return [*heads, *(indent + line for line in about)]
+
+
 def check_bounds(settings) -> None:
-    """Raises: ValueError naming the first number below the "at_least" of its field."""
+    """Raises: ValueError naming the first value that is no choice of its field, is not finite, or
+    is out of bounds."""
     for field in dataclasses.fields(settings):
-        value, least = getattr(settings, field.name), field.metadata.get("at_least")
-        if least is not None and value < least:
-            raise ValueError(f"--{field.name} {value}: must be at least {least}")
+        name, value, notes = field.name, getattr(settings, field.name), field.metadata
+        if notes["choices"] and value not in notes["choices"]:
+            choices = ", ".join(notes["choices"])
+            hint = nearest(value, notes["choices"])
+            raise ValueError(f"--{name} {value!r}: one of {choices}{hint}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} {value}: must be a finite number")
+        for bound, words, holds in BOUNDS:
+            if bound in notes and not holds(value, notes[bound]):
+                raise ValueError(f"--{name} {value}: must be {words} {notes[bound]}")
+
+
+BOUNDS = (
+    ("at_least", "at least", operator.ge),
+    ("at_most", "at most", operator.le),
+    ("above", "above", operator.gt),
+)
+
+
+def nearest(wrong: str, names: Iterable[str]) -> str:
+    """A question with the nearest spelling, or nothing."""
+    near = difflib.get_close_matches(wrong, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage dump: the error in one line, with the nearest spelling."""
 
+    hints: dict[str, str] = {}
+
     def error(self, message: str) -> typing.NoReturn:
         if message.startswith("unrecognized arguments:"):
             wrong = next((w for w in message.split() if w.startswith("-")), "").split("=")[0]
-            near = difflib.get_close_matches(wrong, self._option_string_actions, n=1, cutoff=0.5)
-            message += f" (did you mean {near[0]}?)" if near else " (see --help)"
+            hint = self.hints.get(wrong.lstrip("-"))
+            near = nearest(wrong, self._option_string_actions) or " (see --help)"
+            message += f" ({hint})" if hint else near
+        elif found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += nearest(found[1], re.findall(r"[\w-]+", found[2]))
         self.exit(2, f"{with_rank(self.prog)}: {message}\n")
 
 

@@ -8,6 +8,7 @@ each.
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import torch
@@ -33,7 +34,14 @@ def save_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + f".tmp{os.getpid()}")
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # safetensors makes files that their owner alone can read. This one shall be like any other:
+    # an empty file tells what the user's umask allows. (To ask for the umask itself one must set
+    # it, for all threads of the process.)
+    temporary.unlink(missing_ok=True)  # of a process of the same number that was killed
+    temporary.touch()
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     save_file(on_cpu, temporary, metadata=metadata)
+    os.chmod(temporary, mode)
     flush(temporary)
     os.replace(temporary, path)
 

@@ -1,0 +1,108 @@
+"""util/files.py: whole or absent, and readable for whom the user's umask says."""
+
+import os
+import stat
+import threading
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from training.checkpoints import save_checkpoint
+from util import files
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask; puts the old one back whatever happens."""
+    before = os.umask(0o022)
+    try:
+        yield os.umask
+    finally:
+        os.umask(before)
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077, 0o027])
+def test_files_are_made_with_the_users_umask(tmp_path, umask, mask):
+    umask(mask)
+    files.save_tensors({"x": torch.ones(3)}, tmp_path / "a" / "x.safetensors")
+    files.write_atomically(tmp_path / "a" / "x.json", "{}")
+    assert mode(tmp_path / "a" / "x.safetensors") == 0o666 & ~mask
+    assert mode(tmp_path / "a" / "x.json") == 0o666 & ~mask
+    assert mode(tmp_path / "a") == 0o777 & ~mask
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["x.json", "x.safetensors"]
+
+
+def test_a_checkpoint_is_readable_for_the_group(tmp_path, umask):
+    umask(0o027)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    trained = {"x": parameter.detach()}
+    folder = save_checkpoint(tmp_path / "stage1", 5, trained, optimizer.state_dict(), {}, keep=1)
+    assert mode(folder) == mode(folder.parent) == 0o750
+    found = {file.name: mode(file) for file in folder.iterdir()}
+    assert found == dict.fromkeys(("trained.safetensors", "optimizer.pt", "state.json"), 0o640)
+
+
+def test_tensors_and_what_is_written_about_them_come_back(tmp_path):
+    """Views and transposed tensors too; what was there before is replaced, and so is its mode."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    tensors = {"whole": torch.arange(6.0).view(2, 3), "half": torch.randn(4).half()}
+    tensors["turned"] = tensors["whole"].T
+    files.save_tensors(tensors, path, metadata={"kind": "test"})
+    again = load_file(path)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[k], tensors[k]) for k in tensors)
+    assert again["half"].dtype == torch.float16
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"kind": "test"}
+    current = os.umask(0o022)
+    os.umask(current)
+    assert mode(path) == 0o666 & ~current
+
+
+def test_the_umask_of_other_threads_is_never_touched(tmp_path, umask):
+    """While one thread saves, another makes files: all of them come out as the umask says."""
+    umask(0o027)
+    done, modes = threading.Event(), set()
+
+    def make_files():
+        while not done.is_set():
+            (tmp_path / "plain").unlink(missing_ok=True)
+            (tmp_path / "plain").touch()
+            modes.add(mode(tmp_path / "plain"))
+
+    thread = threading.Thread(target=make_files)
+    thread.start()
+    try:
+        for i in range(100):
+            files.save_tensors({"x": torch.ones(3)}, tmp_path / f"{i}.safetensors")
+    finally:
+        done.set()
+        thread.join()
+    assert modes == {0o640}
+    assert {mode(file) for file in tmp_path.glob("*.safetensors")} == {0o640}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    files.save_tensors({"x": torch.ones(3)}, path)
+    files.write_atomically(tmp_path / "x.json", "old")
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        files.save_tensors({"x": torch.zeros(3)}, path)
+    with pytest.raises(OSError, match="no space"):
+        files.write_atomically(tmp_path / "x.json", "new")
+    assert torch.equal(load_file(path)["x"], torch.ones(3))
+    assert (tmp_path / "x.json").read_text() == "old"

@@ -1,0 +1,175 @@
+"""preflight.py: what is refused before PyTorch is loaded, in seconds, with nothing written; what
+config.json says afterwards; and a finished run, which says so."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from tiny_runs import TINY, train, train_here
+
+from settings import Settings, settings_of_run
+from training import preflight
+
+FULL = ["--preset", "openai-l14-224"]
+PERCEIVER = [*FULL, "--denoiser", "perceiver"]
+TOY = str(ROOT / "toy")
+
+
+def timed(*arguments):
+    start = time.time()
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
+    return done, time.time() - start
+
+
+WRONG = {
+    # flags that people type
+    "lr": (["--lr", "1e-4"], "--stage1_lr and --stage2_lr"),
+    "steps": (["--steps", "10"], "--stage1_steps and --stage2_steps"),
+    "epochs": (["--epochs", "3"], "there are steps, not epochs"),
+    "batch_size": (["--batch_size", "8"], "--batch is the global batch"),
+    "output": (["--output", "x"], "--runs DIR/--name NAME"),
+    "device": (["--device", "cuda"], "CUDA_VISIBLE_DEVICES="),
+    "a mistyped flag": (["--blokcs", "3"], "did you mean --blocks?"),
+    "a mistyped preset": (["--preset", "openai-l14-244"], "did you mean openai-l14-224?"),
+    "a preset by its model": (["--preset", "siglip"], "invalid choice: 'siglip'"),
+    # settings
+    "an uneven batch": (["--batch", "10", "--micro_batch", "4"], "no multiple of micro_batch 4"),
+    "the other denoiser's": (["--layers", "4"], "add --denoiser perceiver"),
+    "too many patch tokens": (["--local_ratio", "200"], "must be at most 100"),
+    "a scale of zero": (["--time_scale", "0"], "must be above 0"),
+    "not a number": (["--stage2_lr", "nan"], "must be a finite number"),
+    "a mask of more than all": (["--denoiser", "perceiver", "--mask_to", "2"], "at most 1"),
+    "heads that do not divide": (["--heads", "7"], "--width 192 must be heads 7"),
+    "odd axes": (["--rope_axes", "8,8"], "three even numbers"),
+    "stage 1 end to end": (["--end_to_end", "--stage", "1"], "drop --stage 1"),
+    "stage 1 from elsewhere": (["--stage", "1", "--stage1_from", "x"], "drop --stage 1"),
+    # paths
+    "no such data": (["--data", "{here}/nowhere"], "no folder and no file"),
+    "an empty folder": (["--data", "{here}"], "is empty"),
+    "no data": (FULL, "--data is missing"),
+    "no VAE": ([*FULL, "--data", TOY], "--vae is missing"),
+    "no VQ-GAN": ([*PERCEIVER, "--data", TOY], "--vqgan is missing"),
+    "no such VAE": (["--vae", "gone.safetensors"], "no file gone.safetensors"),
+    "no such CLIP": (["--clip", "gone.safetensors"], "gone.safetensors is missing"),
+    # runs
+    "stage 2 without stage 1": (["--stage", "2"], "stage 2 needs stage 1"),
+    "no such other run": (["--stage1_from", "{here}/nowhere"], "holds no checkpoint"),
+    "no TensorBoard": (["--tensorboard"], "pip install tensorboard"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refused_at_once_in_one_line_with_nothing_written(tmp_path, case):
+    flags, words = WRONG[case]
+    if case == "no TensorBoard" and preflight.importlib.util.find_spec("tensorboard"):
+        pytest.skip("it is installed")
+    here = tmp_path / "here"
+    here.mkdir()
+    flags = [flag.format(here=here) for flag in flags]
+    done, seconds = timed("train.py", "--runs", tmp_path / "runs", *flags)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert words in done.stderr and done.stderr.startswith("train.py: ") and not done.stdout
+    assert seconds < 5, f"{seconds:.1f} s"
+    assert not (tmp_path / "runs").exists() and not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--stage1_lr", "1e-5"], "settings (stage1_lr: 0.002 → 1e-05)"),
+        (["--seed", "3"], "settings (seed: 0 → 3)"),
+        (["--width", "64", "--rope_axes", "8,12,12"], "settings (rope_axes: 4,6,6 → 8,12,12)"),
+        (["--toy_images", "47"], "settings (toy_images: 48 → 47)"),
+    ],
+)
+def test_a_run_of_other_settings_is_refused_at_once(straight, flags, words):
+    before = contents(straight)
+    command = "train.py", "--runs", straight.parent, "--name", "straight", *TINY, *flags
+    done, seconds = timed(*command)
+    assert done.returncode == 2 and words in done.stderr and seconds < 5, done.stderr
+    assert contents(straight) == before
+
+
+def test_a_finished_run_says_so_at_once(straight):
+    before = contents(straight)
+    done, seconds = timed("train.py", "--runs", straight.parent, "--name", "straight", *TINY)
+    assert done.returncode == 0 and seconds < 5, done.stderr
+    assert "is finished: stage 1 at step 6, stage 2 at step 4" in done.stdout
+    assert contents(straight) == before
+
+
+def test_what_is_not_finished(straight, tmp_path):
+    """Without its last checkpoint, or without its enhanced model, a run goes on."""
+    given = dict(zip((n[2:] for n in TINY[::2]), TINY[1::2], strict=True))
+    kinds = {name: type(getattr(Settings(), name)) for name in given}
+    given = {name: kinds[name](value) for name, value in given.items()}
+    settings = Settings.of("toy", runs=str(tmp_path), name="a", **given)
+    assert not preflight.finished(settings)
+    shutil.copytree(straight, tmp_path / "a")
+    assert "is finished" in preflight.finished(settings)
+    (tmp_path / "a" / "enhanced" / "README.md").unlink()
+    assert not preflight.finished(settings)
+    shutil.copytree(straight, tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "stage2" / "step_00000004")
+    assert not preflight.finished(Settings.of("toy", runs=str(tmp_path), name="b", **given))
+
+
+def contents(run):
+    return {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+
+
+def test_preflight_needs_no_pytorch():
+    code = "print(sorted({'torch', 'open_clip'} & {*sys.modules}))"
+    done, _ = timed("-c", f"import settings, training.preflight, sys; {code}")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# -- config.json ---------------------------------------------------------------------------------
+def test_config_keeps_the_settings_of_each_stage(tmp_path):
+    """Stage 1 and stage 2 started with different flags: both true, and none of the other stage."""
+    file = tmp_path / "c" / "config.json"
+    assert train_here(tmp_path, "c", "--stage", "1", "--log_every", "2").returncode == 0
+    first = json.loads(file.read_text())["stages"]
+    assert first.keys() == {"1"} and "lora_rank" not in first["1"]["settings"]
+    more = ["--stage", "2", "--log_every", "4", "--stage1_lr", "5", "--lora_alpha", "8"]
+    assert train_here(tmp_path, "c", *more).returncode == 0
+    both = json.loads(file.read_text())["stages"]
+    assert both["1"] == first["1"], "stage 2 leaves stage 1's as they were"
+    assert both["2"]["settings"]["log_every"] == 4 and both["1"]["settings"]["log_every"] == 2
+    assert "stage1_lr" not in both["2"]["settings"], "it had no say in stage 2"
+    settings = settings_of_run(tmp_path / "c")
+    assert (settings.stage1_lr, settings.lora_alpha, settings.stage) == (2e-3, 8, "both")
+
+
+def test_a_resume_leaves_the_config_as_it_was(tmp_path):
+    assert train_here(tmp_path, "r").returncode == 0
+    file = tmp_path / "r" / "config.json"
+    before = file.read_bytes()
+    shutil.rmtree(tmp_path / "r" / "stage2" / "step_00000004")
+    assert train_here(tmp_path, "r", "--micro_batch", "4", "--keep", "1").returncode == 0
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text", ['{"settings": {}}', "{", '{"stages": {"1": {"settings": {"x": 1}}}}']
+)
+def test_a_config_of_another_version_is_said(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="is of another version"):
+        settings_of_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no run"):
+        settings_of_run(Path(tmp_path) / "nowhere")
+
+
+def test_a_failed_start_leaves_nothing(tmp_path):
+    """Refused late, by what only the weights can tell."""
+    done = train(tmp_path, "late", "--vae", ROOT / "toy" / "clip.safetensors")
+    assert done.returncode == 2 and "does not fit" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,160 @@
+"""What a start can be refused for in a moment, before PyTorch and any weights are loaded.
+
+A run at full size needs minutes to load its models and, on the toy, half a minute to cache its
+features. Nearly every mistake can be found without either: it is in the flags, in a path, or in
+what the run folder says of itself. This file looks there, with nothing but Python's own library (a
+test holds it to that), and writes nothing. What only the weights can tell is compared when they are
+there: see `begin_or_resume` in training/stages.py.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from settings import Settings, relevant, run_directory
+
+
+# ------------------------------------------------------------------------------------------------
+# What checkpoints say of themselves
+# ------------------------------------------------------------------------------------------------
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if (p / "state.json").is_file())
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The JSON of a checkpoint. Raises: ValueError where it is not one."""
+    try:
+        return json.loads((checkpoint / "state.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"checkpoint {checkpoint}: state.json cannot be read ({error})") from None
+
+
+def require_same(old: dict, new: dict, message: str) -> None:
+    """Raises: ValueError where an entry of `new` differs from that of `old`; `message` may hold
+    {what}, the entry, and {difference}."""
+    for what, mine in new.items():
+        if difference := first_difference(old.get(what, {}), mine):
+            # Not str.format: the name of a folder in the message may hold braces of its own.
+            raise ValueError(message.replace("{what}", what).replace("{difference}", difference))
+
+
+def first_difference(old: dict, new: dict, path: str = "") -> str | None:
+    """The first key at which two nested dicts differ, as "path: old → new"; None: they agree."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if inner := first_difference(a, b, f"{path}{key}."):
+                return inner
+        elif json.loads(json.dumps(a)) != json.loads(json.dumps(b)):  # (1, 2) and [1, 2] are equal
+            return f"{path}{key}: {a} → {b}"
+    return None
+
+
+def other_run(folder: Path) -> str:
+    """The message for a checkpoint that these settings could not have written."""
+    return (
+        f"{folder} differs from this run in its {{what}} ({{difference}}); choose another --name, "
+        "or delete that folder to start afresh"
+    )
+
+
+def stages_of(settings: Settings) -> list[int]:
+    """The stages that this start will go through."""
+    first = not settings.end_to_end and not settings.stage1_from
+    return [n for n in (1, 2) if settings.stage in (str(n), "both") and (n == 2 or first)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------------------------
+def preflight(settings: Settings, ranks: int) -> None:
+    """Raises: ValueError or FileNotFoundError, naming what is wrong, where, and what to do."""
+    if settings.batch % (settings.micro(ranks) * ranks):
+        raise ValueError(
+            f"global batch {settings.batch} is no multiple of micro_batch "
+            f"{settings.micro(ranks)} × {ranks} ranks"
+        )
+    check_files(settings)
+    check_run(settings)
+    if settings.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard: not installed; pip install tensorboard, or drop the flag")
+
+
+def check_files(settings: Settings) -> None:
+    """Data and weights that must be on the disk. What is in them is read later."""
+    if not settings.data and settings.preset != "toy":
+        raise ValueError(
+            f"--data is missing: preset {settings.preset} needs a folder of images, a list of "
+            "them, or tar shards"
+        )
+    data = Path(settings.data)
+    if settings.data and not any(c in settings.data for c in "*?[{"):
+        if not data.exists():
+            raise FileNotFoundError(f"--data: no folder and no file {data}")
+        if data.is_dir() and not any(data.iterdir()):
+            raise ValueError(f"--data: folder {data} is empty: no images, no tar shards")
+    flow = settings.denoiser == "flow"
+    if flow and not settings.vae:
+        raise ValueError(
+            "--vae is missing: give FLUX.1's ae.safetensors (its Apache-2.0 'schnell' repository "
+            "has it)"
+        )
+    if not flow and not settings.vqgan:
+        raise ValueError(
+            "--vqgan is missing: give a taming-transformers f16 VQ-GAN (K = 1024 or 16384), as "
+            "safetensors or as the published ckpt"
+        )
+    for name in ("vae", "flux", "vqgan"):
+        file = getattr(settings, name)
+        if file and not Path(file).is_file():
+            raise FileNotFoundError(f"--{name}: no file {file}")
+    clip = Path(settings.clip)
+    if clip.suffix == ".safetensors" and ":" not in settings.clip and not clip.is_file():
+        raise FileNotFoundError(f"--clip: weights file {clip} is missing")
+
+
+def check_run(settings: Settings, pictures: int | None = None) -> None:
+    """What the run folder holds already must be what these settings would have written.
+
+    Args: pictures: how many there are, once they have been listed.
+    """
+    run = run_directory(settings)
+    if not Path(settings.runs).is_dir() and Path(settings.runs).exists():
+        raise ValueError(f"--runs {settings.runs} is a file: give a folder")
+    for number in stages_of(settings):
+        folder = run / f"stage{number}"
+        if found := checkpoints_in(folder):
+            old, mine = dict(read_state(found[-1])["settings"]), relevant(settings, number)
+            if pictures is None:
+                old.pop("images", None)
+            else:
+                mine["images"] = pictures
+            # The denoiser first: another one differs in a dozen settings that follow from it.
+            for names in ({"denoiser"}, old.keys() | mine.keys()):
+                pair = ({"settings": {n: s.get(n) for n in names}} for s in (old, mine))
+                require_same(*pair, other_run(folder))
+    if 1 not in stages_of(settings) and not settings.end_to_end:
+        folder = Path(settings.stage1_from or run) / "stage1"
+        if not checkpoints_in(folder):
+            raise ValueError(
+                f"stage 2 needs stage 1, and {folder} holds no checkpoint: run --stage 1 first, or "
+                "name a run that has one with --stage1_from"
+            )
+
+
+def finished(settings: Settings) -> str:
+    """A line that says so, where nothing is left to do; else ""."""
+    run, said = run_directory(settings), []
+    for number in stages_of(settings):
+        found = checkpoints_in(run / f"stage{number}")
+        step = read_state(found[-1])["step"] if found else -1
+        if step < settings.steps(number):
+            return ""
+        said.append(f"stage {number} at step {step}")
+    enhanced = run / "enhanced"
+    if 2 in stages_of(settings):
+        if not (enhanced / "README.md").is_file():  # it is written last
+            return ""
+        said.append(f"enhanced model in {enhanced}")
+    return f"{run} is finished: {', '.join(said)}. Choose another --name to train again."
