@@ -23,6 +23,63 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from evaluation.pairsets import Item, PairSet, apply_doubts, read_pair_set
+from util.cli import parse_settings, run_command, setting
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line. A mistake in it is answered before PyTorch and open_clip are imported, which
+# takes seconds.
+# ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Settings:
+    """One evaluation."""
+
+    benchmark: str = setting("toy")
+    """'toy', an MMVP-VLM folder, or a JSON file in the format of evaluation/pairsets.py"""
+    model: tuple[str, ...] = setting(())
+    """open_clip NAME:TAG or NAME:FILE, FILE.safetensors, a run (runs/NAME), an open_clip FOLDER or
+    one in transformers' layout; repeat to compare with the first; none: the toy CLIP and the newest
+    enhanced model"""
+    template: tuple[str, ...] = setting(())
+    """prompt with {} for the statement; none: the set's own, 'a photo of {}' for MMVP; repeat to
+    see how far the wording moves the score"""
+    doubts: str = setting("")
+    """JSON {"leave_out": [ids], "swap": [ids]}: labels known to be doubtful; both figures are
+    printed"""
+    runs: str = setting("runs")
+    """where enhanced models are looked for"""
+    out: str = setting("")
+    """where results go, as DIR/MODEL/BENCHMARK-vs-FIRST.md, .json and pictures, for every model but
+    the first; empty: RUNS/NAME/eval/ for enhanced models, RUNS/eval/MODEL/ for others"""
+    wide: bool = setting(False)
+    """print one table per task with everything about all models, however wide"""
+    pairs: int = setting(100, at_least=1)
+    """toy: pairs per pattern and side"""
+    seed: int = setting(0, at_least=0)
+    """toy: which benchmark; reported figures use 0"""
+    cache: str = setting("")
+    """where features are kept for the next call; empty: RUNS/features; 'none': nowhere"""
+
+
+def command_line() -> tuple[Settings, PairSet | None]:
+    """The settings and, but for the toy, what they ask about. Raises: ValueError or OSError for
+    settings that do not go together, and as `read_pair_set` and `apply_doubts`."""
+    settings = parse_settings(Settings, *__doc__.split("\n\n")[:2])
+    for template in settings.template:
+        if "{}" not in template:
+            raise ValueError(f"--template {template!r}: put {{}} where the statement goes")
+    if settings.benchmark == "toy" and (settings.template or settings.doubts):
+        raise ValueError("--template and --doubts are for real benchmarks, not for the toy's")
+    pair_set = None if settings.benchmark == "toy" else read_pair_set(settings.benchmark)
+    if settings.doubts:
+        apply_doubts(pair_set.items, settings.doubts)
+    return settings, pair_set
+
+
+if __name__ == "__main__":
+    run_command(command_line)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,11 +95,9 @@ from evaluation.encoder import (
     load_encoders,
     name_models,
 )
-from evaluation.pairsets import Item, PairSet, apply_doubts, read_pair_set
 from evaluation.scoring import MMVP_PATTERNS, similarities, summarise, verdicts
 from settings import settings_of_run
 from toy import benchmark as toy
-from util.cli import parse_settings, run_command, setting
 
 # Tab. 1 as printed: original, DIVA and GenHancer per pattern in the paper's order, and the average.
 # Each pattern has 15 pairs, so 6.7 points are one pair. (SigLIP's 13.0 is the paper's rounding.)
@@ -315,54 +370,9 @@ def pictures(found: Found, first: str, other: str, stem: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------------
 # Command
 # ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Settings:
-    """One evaluation."""
-
-    benchmark: str = setting("toy")
-    """'toy', an MMVP-VLM folder, or a JSON file in the format of evaluation/pairsets.py"""
-    model: tuple[str, ...] = setting(())
-    """open_clip NAME:TAG or NAME:FILE, FILE.safetensors, a run (runs/NAME), an open_clip FOLDER or
-    one in transformers' layout; repeat to compare with the first; none: the toy CLIP and the newest
-    enhanced model"""
-    template: tuple[str, ...] = setting(())
-    """prompt with {} for the statement; none: the set's own, 'a photo of {}' for MMVP; repeat to
-    see how far the wording moves the score"""
-    doubts: str = setting("")
-    """JSON {"leave_out": [ids], "swap": [ids]}: labels known to be doubtful; both figures are
-    printed"""
-    runs: str = setting("runs")
-    """where enhanced models are looked for"""
-    out: str = setting("")
-    """where results go, as DIR/MODEL/BENCHMARK-vs-FIRST.md, .json and pictures, for every model but
-    the first; empty: RUNS/NAME/eval/ for enhanced models, RUNS/eval/MODEL/ for others"""
-    wide: bool = setting(False)
-    """print one table per task with everything about all models, however wide"""
-    pairs: int = setting(100, at_least=1)
-    """toy: pairs per pattern and side"""
-    seed: int = setting(0, at_least=0)
-    """toy: which benchmark; reported figures use 0"""
-    cache: str = setting("")
-    """where features are kept for the next call; empty: RUNS/features; 'none': nowhere"""
-
-
-def command_line() -> Settings:
-    """Raises: ValueError for settings that do not go together."""
-    settings = parse_settings(Settings, *__doc__.split("\n\n")[:2])
-    for template in settings.template:
-        if "{}" not in template:
-            raise ValueError(f"--template {template!r}: put {{}} where the statement goes")
-    if settings.benchmark == "toy" and (settings.template or settings.doubts):
-        raise ValueError("--template and --doubts are for real benchmarks, not for the toy's")
-    return settings
-
-
 def main() -> None:
     """Mistakes first, models next: a wrong path should not cost the minutes of loading them."""
-    settings = command_line()
-    pair_set = None if settings.benchmark == "toy" else read_pair_set(settings.benchmark)
-    if settings.doubts:
-        apply_doubts(pair_set.items, settings.doubts)
+    settings, pair_set = command_line()
     chosen = settings.model or toy.default_models(Path(settings.runs))
     models = name_models(chosen)
     folders = results.folders_of(models, settings.out, settings.runs)

@@ -25,6 +25,57 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from util.cli import parse_settings, run_command, setting
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line. A mistake in it is answered before PyTorch and open_clip are imported, which
+# takes seconds.
+# ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Settings:
+    """One evaluation."""
+
+    model: tuple[str, ...] = setting(())
+    """as for eval_mmvp.py; repeat it; none: the toy CLIP and the newest enhanced model"""
+    classify: tuple[str, ...] = setting(())
+    """a folder with a directory per class, or cifar100, sun397, cars, imagenet; repeat for more"""
+    root: str = setting("data")
+    """where torchvision's data sets lie"""
+    template: str = setting("imagenet80")
+    """imagenet80, imagenet7, or a text with {} for the class"""
+    captions: tuple[str, ...] = setting(())
+    """captions for retrieval, in one of four formats; repeat for more"""
+    images: str = setting("")
+    """where the captions' pictures are; empty: beside the captions"""
+    probe: bool = setting(False)
+    """linear probe beside each --classify"""
+    layers: bool = setting(False)
+    """drift after each layer of the image tower"""
+    runs: str = setting("runs")
+    """where enhanced models are looked for"""
+    out: str = setting("")
+    """where results go, as DIR/MODEL/zeroshot-SETS-vs-FIRST.md and .json, for every model but the
+    first; empty: RUNS/NAME/eval/ for enhanced models, RUNS/eval/MODEL/ for others"""
+    wide: bool = setting(False)
+    """print Tab. 3's layout with everything about all models in one table, however wide"""
+    cache: str = setting("")
+    """where features are kept; empty: RUNS/features; 'none': nowhere"""
+
+
+def command_line() -> Settings:
+    """Raises: ValueError for settings that do not go together."""
+    settings = parse_settings(Settings, *__doc__.split("\n\n")[:2])
+    if not settings.classify and not settings.captions:
+        raise ValueError("nothing to do: give --classify SET, --captions FILE, or both")
+    if settings.probe and not settings.classify:
+        raise ValueError("--probe needs --classify: a probe is fitted to classes")
+    return settings
+
+
+if __name__ == "__main__":
+    run_command(command_line)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,7 +95,6 @@ from evaluation.encoder import (
 )
 from evaluation.scoring import compared, ridge_probe
 from toy import benchmark as toy
-from util.cli import parse_settings, run_command, setting
 
 # CIFAR-100, SUN397, Cars and ImageNet are four of the nine sets of Tab. 3.
 DATASETS = ("cifar100", "sun397", "cars", "imagenet")
@@ -320,47 +370,6 @@ def drift_text(found: dict[str, dict], first: str, n: int) -> str:
 # ------------------------------------------------------------------------------------------------
 # Command
 # ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Settings:
-    """One evaluation."""
-
-    model: tuple[str, ...] = setting(())
-    """as for eval_mmvp.py; repeat it; none: the toy CLIP and the newest enhanced model"""
-    classify: tuple[str, ...] = setting(())
-    """a folder with a directory per class, or cifar100, sun397, cars, imagenet; repeat for more"""
-    root: str = setting("data")
-    """where torchvision's data sets lie"""
-    template: str = setting("imagenet80")
-    """imagenet80, imagenet7, or a text with {} for the class"""
-    captions: tuple[str, ...] = setting(())
-    """captions for retrieval, in one of four formats; repeat for more"""
-    images: str = setting("")
-    """where the captions' pictures are; empty: beside the captions"""
-    probe: bool = setting(False)
-    """linear probe beside each --classify"""
-    layers: bool = setting(False)
-    """drift after each layer of the image tower"""
-    runs: str = setting("runs")
-    """where enhanced models are looked for"""
-    out: str = setting("")
-    """where results go, as DIR/MODEL/zeroshot-SETS-vs-FIRST.md and .json, for every model but the
-    first; empty: RUNS/NAME/eval/ for enhanced models, RUNS/eval/MODEL/ for others"""
-    wide: bool = setting(False)
-    """print Tab. 3's layout with everything about all models in one table, however wide"""
-    cache: str = setting("")
-    """where features are kept; empty: RUNS/features; 'none': nowhere"""
-
-
-def command_line() -> Settings:
-    """Raises: ValueError for settings that do not go together."""
-    settings = parse_settings(Settings, *__doc__.split("\n\n")[:2])
-    if not settings.classify and not settings.captions:
-        raise ValueError("nothing to do: give --classify SET, --captions FILE, or both")
-    if settings.probe and not settings.classify:
-        raise ValueError("--probe needs --classify: a probe is fitted to classes")
-    return settings
-
-
 def main() -> None:
     """Mistakes first, models next: a wrong path should not cost the minutes of loading them."""
     settings = command_line()

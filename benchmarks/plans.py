@@ -25,18 +25,22 @@ HEAD = [
 ]
 
 
+FOR_ONE_GPU = ("openai-b32-224",)
+
+
 def measure(preset: str, denoiser: str, gpus: int, more: dict) -> dict:
     """Figures of one preset; memory in GB per GPU. `more`: settings beside the preset's."""
     given = {"preset": preset, "denoiser": denoiser, **more}
     settings = Settings(**given)
+    gpus = 1 if preset in FOR_ONE_GPU else gpus
     start = time.time()
     plan = make_plan(settings, gpus, "cuda")
     memory = {n: sum(stage.memory.values()) / 1e9 for n, stage in plan.stages.items()}
     moments = plan.stages[1].memory["moments of AdamW"] / 1e9
     return {
-        "preset": preset,
+        "preset": preset + " (one GPU)" * (preset in FOR_ONE_GPU),
         "denoiser": "FLUX.1" if more.get("flux") else denoiser,
-        "micro_batch": settings.micro_batch,
+        "micro_batch": settings.micro(gpus),
         "tokens": plan.tokens,
         "patch_tokens": plan.patch_tokens,
         "trainable_m": {n: stage.trainable / 1e6 for n, stage in plan.stages.items()},

@@ -173,3 +173,19 @@ def test_a_failed_start_leaves_nothing(tmp_path):
     done = train(tmp_path, "late", "--vae", ROOT / "toy" / "clip.safetensors")
     assert done.returncode == 2 and "does not fit" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("eval_mmvp.py --modle x", "did you mean --model?"),
+        ("eval_mmvp.py --benchmark {here}/nowhere", "Questions.csv is missing"),
+        ("eval_mmvp.py --template x", "put {{}} where the statement goes"),
+        ("eval_zeroshot.py", "nothing to do: give --classify"),
+        ("eval_zeroshot.py --captions x --probe", "--probe needs --classify"),
+    ],
+)
+def test_evaluations_answer_at_once_too(tmp_path, command, words):
+    done, seconds = timed(*command.format(here=tmp_path).split())
+    assert done.returncode == 2 and words.format() in done.stderr and seconds < 5, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

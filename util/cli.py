@@ -127,7 +127,8 @@ def help_text(about: str, shown, everything: bool) -> str:
     if short:
         texts = {name: text for group in groups for name, text in group.texts.items()}
         groups = [Group("used most", {name: texts[name] for name in first})]
-    lines = [f"usage: python {command} [--FLAG VALUE …] [--help{' [all]' * bool(first)}]", "", *about.splitlines()]
+    usage = f"usage: python {command} [--FLAG VALUE …] [--help{' [all]' * bool(first)}]"
+    lines = [usage, "", *about.splitlines()]
     for group in groups:
         lines += ["", f"{group.title or 'flags'}:"]
         for name, text in group.texts.items():
