@@ -1,7 +1,7 @@
 """The picture at the top of the README: what stage 2 has changed, seen through the denoiser's eyes.
 
-    python benchmarks/hero.py                        the run of python train.py → docs/hero.png
-    python benchmarks/hero.py --run runs/toy_seeds-seed1   the committed picture
+    python benchmarks/hero.py                        the shipped run, toy/runs/flow → docs/hero.png
+    python benchmarks/hero.py --run runs/toy         another finished run of the flow denoiser
 
 Scenes that no run has trained on, from pairs that the toy benchmark counts as won (wrong before
 stage 2, right after). Beside each: what the *same* denoiser, as stage 1 left it, draws from the
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from report import ROOT, parser
 
-from evaluation.encoder import load_encoders
+from evaluation.encoder import Encoder
 from evaluation.pairsets import Item
 from evaluation.reconstruction import reconstruct
 from evaluation.scoring import similarities, verdicts
 from genhancer import GenHancer
 from toy import benchmark
-from toy.world import TOY_DIR, to_tensor
+from toy.world import to_tensor
 from training.assemble import load_run
 from util.cli import run_command
 from util.pictures import picture_table
@@ -56,9 +56,10 @@ def words(item: Item, similarities: list[np.ndarray], own: int) -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    _, model = load_run(ROOT / args.run)
-    original, enhanced = str(TOY_DIR / "clip.safetensors"), str(ROOT / args.run / "enhanced")
-    encoders = load_encoders([original, enhanced], torch.device("cpu"))
+    original, _ = load_run(ROOT / args.run, stage=1)
+    enhanced, model = load_run(ROOT / args.run, stage=2)
+    about = model.info, torch.device("cpu")
+    encoders = [Encoder("original", original, *about), Encoder("enhanced", enhanced, *about)]
     items = benchmark.pairs(mentioned=False)
     found = [similarities(encoder, items, benchmark.TEMPLATE) for encoder in encoders]
     before, after = (verdicts(cosines)["text-to-image"] for cosines in found)
@@ -80,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     flags = parser(__doc__)
-    flags.add_argument("--run", default="runs/toy", help="a finished run of the flow denoiser")
+    flags.add_argument("--run", default="toy/runs/flow", help="a run of the flow denoiser")
     flags.add_argument("--patterns", default="Spatial,Presence", help="one pair of each")
     arguments = flags.parse_args()
     run_command(lambda: main(arguments))
