@@ -1,13 +1,14 @@
 # make demo   both stages on the toy world with both denoisers, the before/after table and the pictures
 #             (minutes on 2 CPU cores; fewer steps than `python train.py` takes, so that two runs fit)
 # make test   every test
-# Both work in a fresh clone: they make .venv and install what they need into it.
+# make notebooks   execute all notebooks and write them with their outputs
+# All work in a fresh clone: they make .venv and install what they need into it.
 
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test notebooks clean
 
 demo: $(VENV)/.core
 	$(PY) train.py --name demo --stage1_steps 800 --stage2_steps 300
@@ -19,12 +20,19 @@ test: $(VENV)/.test
 	$(PY) -m ruff check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
+notebooks: $(VENV)/.notebooks
+	$(PY) notebooks/build.py
+
 $(VENV)/.core: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.test: requirements-test.txt $(VENV)/.core
+$(VENV)/.notebooks: requirements-notebooks.txt $(VENV)/.core
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-notebooks.txt
+	touch $@
+
+$(VENV)/.test: requirements-test.txt requirements-notebooks.txt $(VENV)/.core
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 

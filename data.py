@@ -242,6 +242,8 @@ class MicroBatches(Sampler[list[tuple[int, Key]]]):
     """
 
     def __init__(self, length: int, share: Share, seed: int = 0, start_step: int = 0):
+        if length < 1:
+            raise ValueError("data: there are no pictures")
         together = share.micro_batch * share.ranks
         if share.global_batch % together:
             raise ValueError(

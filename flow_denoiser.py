@@ -390,7 +390,7 @@ class FlowDenoiserConfig:
 
     def __post_init__(self):
         if self.axes is None:
-            object.__setattr__(self, "axes", rope_axes(self.width // self.heads))
+            object.__setattr__(self, "axes", rope_axes(self.width // max(1, self.heads)))
 
     @classmethod
     def small(cls, **changes) -> "FlowDenoiserConfig":

@@ -59,8 +59,8 @@ class LoRASettings:
     """"lora_only" also trains the biases of adapted layers (the official setting), "none" not."""
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"LoRA: rank {self.rank} must be a whole number, at least 1")
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"LoRA: rank {self.rank!r} must be a whole number, at least 1")
         if not (0 < self.alpha < math.inf and 0 <= self.dropout < 1):
             values = f"alpha {self.alpha}, dropout {self.dropout}"
             raise ValueError(f"LoRA: {values}: expected a positive alpha, a dropout in [0, 1)")
@@ -459,7 +459,7 @@ def scale_lora(tower: nn.Module, strength: float) -> None:
     layers = [layer for _, layer in lora_layers(tower)]
     if not layers:
         raise ValueError("LoRA: this tower has no adapters to scale; unload_lora is for good")
-    if not math.isfinite(strength):
+    if not (isinstance(strength, (int, float)) and math.isfinite(strength)):
         raise ValueError(f"LoRA: strength {strength} is no finite number")
     with _unmerged(tower):
         for layer in layers:

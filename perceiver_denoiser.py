@@ -208,8 +208,9 @@ class PerceiverDenoiser(nn.Module):
         grid, width = (config.side**2, config.code_width), config.width
         if codes.ndim != 3 or codes.shape[1:] != grid:
             raise ValueError(f"codes: expected (B, {grid[0]}, {grid[1]}), got {tuple(codes.shape)}")
-        if condition.ndim != 3 or condition.shape[2] != width:
-            raise ValueError(f"condition: expected (B, T, {width}), got {tuple(condition.shape)}")
+        if condition.ndim != 3 or condition.shape[::2] != (len(codes), width):
+            expected = f"({len(codes)}, T, {width})"
+            raise ValueError(f"condition: expected {expected}, got {tuple(condition.shape)}")
         # F.embedding, not self.position[…]: the gradient of an index adds up in any order when a
         # CPU has several threads, and the same seed would give another run.
         seen = self.code_in(take(codes, visible)) + F.embedding(visible, self.position)  # (B, V, D)
@@ -263,8 +264,10 @@ def parallel_decode(
         known: bool (B, N), equally many per image; all False draws from the condition alone.
         temperature: of the noise on confidence, fading to 0: lets unlikely but true details in.
         generator: on the CPU.
-    Returns: completed indices (B, N).
+    Returns: completed indices (B, N). Raises: ValueError for less than one step.
     """
+    if steps < 1:
+        raise ValueError(f"parallel decoding: {steps} steps, expected at least 1")
     indices, known = indices.clone(), known.clone()
     start = int((~known[0]).sum())
     for step in range(1, steps + 1):

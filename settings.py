@@ -45,7 +45,7 @@ BACKBONES = {
 class Settings:
     """One run. What is not given comes from the preset, so that no combination is half of one.
 
-    Raises: ValueError naming a setting that is unknown, out of bounds, or would do nothing.
+    Raises: ValueError naming a setting that is unknown, out of bounds, or the other denoiser's.
     """
 
     # -- which run
@@ -360,11 +360,6 @@ def check(settings: Settings) -> None:
     if settings.stage1_from and (settings.end_to_end or settings.stage == "1"):
         other = "--end_to_end" if settings.end_to_end else "--stage 1"
         raise ValueError(f"--stage1_from is where stage 2 starts from: drop it, or drop {other}")
-    if settings.batch % settings.micro(1):
-        raise ValueError(
-            f"--batch {settings.batch} is no multiple of micro_batch {settings.micro_batch}: the "
-            "global batch is cut into pieces of that size"
-        )
     usually = usual(settings.preset, settings.denoiser)
     for field in fields(settings):
         owner = field.metadata.get("only", settings.denoiser)

@@ -180,7 +180,7 @@ def run_stage(
         return step % every == 0 or step == steps
 
     # Alg. 1, lines 2 and 11; Alg. 2, lines 2 and 10
-    for pieces in islice(stage.global_batches(dataset), steps - first):
+    for pieces in islice(stage.global_batches(dataset), max(0, steps - first)):
         logging = due(stage.done + 1, settings.log_every)
         metrics = train_step(stage, pieces, measure_drift=logging)
         stage.window.add(metrics, process)
@@ -195,13 +195,13 @@ def run_stage(
             agree_on_unreadable(stage, len(dataset), bar)
         if logging:
             write_line(stage, metrics["lr"], speed)
-        if process.is_main and due(stage.done, settings.sample_every):
-            picture = stage.folder.parent / "samples" / f"stage{number}_step{stage.done:06d}.png"
-            runlog.draw_samples(model, dataset, picture, process.device)
         # The line is written before the checkpoint: a kill between the two leaves a line too many,
         # which the next start removes (`trim_metrics`), never one too few.
         if saving:
             save(stage)
+        if process.is_main and due(stage.done, settings.sample_every):
+            picture = stage.folder.parent / "samples" / f"stage{number}_step{stage.done:06d}.png"
+            runlog.draw_samples(model, dataset, picture, process.device)
     bar.close()
 
 

@@ -19,6 +19,7 @@ from report import ROOT, is_finished, parser, train
 from safetensors.torch import load_file
 
 from settings import notes_of
+from training.assemble import fingerprints_of, load_run
 from training.checkpoints import checkpoints_in
 from util.cli import run_command
 from util.files import save_tensors, write_atomically
@@ -43,6 +44,12 @@ def ship(run: Path, target: Path) -> None:
             about["settings"].pop(name, None)
     write_atomically(target / "config.json", json.dumps({"stages": stages}, indent=1))
     shutil.copy(run / "metrics.jsonl", target / "metrics.jsonl")
+    # Halves are other numbers, with other fingerprints: stage 2 now stands on them.
+    _, model = load_run(target, stage=1)
+    state_file = next(target.glob("stage2/*/state.json"))
+    state = json.loads(state_file.read_text())
+    state["fingerprints"] = fingerprints_of(model, stage=2)
+    write_atomically(state_file, json.dumps(state))
 
 
 def main(args: argparse.Namespace) -> None:

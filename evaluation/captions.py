@@ -76,7 +76,10 @@ def _captions_json(content) -> dict[str, list[str]]:
     if isinstance(content, list):  # ours
         # A text alone would come apart into letters.
         texts = [[c] if isinstance(c, str) else c for c in (e["captions"] for e in content)]
-        return {entry["file"]: list(own) for entry, own in zip(content, texts, strict=True)}
+        found = {entry["file"]: [] for entry in content}
+        for entry, own in zip(content, texts, strict=True):  # a file may be listed twice
+            found[entry["file"]] += own
+        return found
     if "annotations" in content:  # COCO
         names = {image["id"]: image["file_name"] for image in content["images"]}
         found: dict[str, list[str]] = {name: [] for name in names.values()}
@@ -95,7 +98,8 @@ def _captions_csv(file: Path, shape: ValueError) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     with open(file, newline="", encoding="utf-8-sig") as handle:
         for number, row in enumerate(csv.reader(handle, delimiter="|", quoting=csv.QUOTE_NONE)):
-            if number == 0 and "image" in row[0]:
+            head = number == 0 and not (len(row) > 1 and row[1].strip().isdigit())
+            if not row or head:  # an empty line, or the names of the columns
                 continue
             if len(row) < 3:
                 raise shape

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from util.files import write_atomically
@@ -74,18 +75,22 @@ def reports(
         pair = list(dict.fromkeys((first, name)))
         whole = {**evaluation, "models": {n: identity(models[n]) for n in pair}}
         stem = slug(what if name == first else f"{what}-vs-{first}")[:120]  # 255 is the limit
-        found.append((pair, place(folder, stem, whole), whole))
+        taken = {other for _, other, _ in found}
+        found.append((pair, place(folder, stem, whole, taken), whole))
     return found
 
 
-def place(folder: Path, name: str, evaluation: dict) -> Path:
+def place(folder: Path, name: str, evaluation: dict, taken: Iterable[Path] = ()) -> Path:
     """The files' common beginning: folder/name, with a number if another evaluation has that.
 
-    Args: evaluation: all that tells it from others, as its JSON holds it under "evaluation".
+    Args: evaluation: all that tells it from others, as its JSON holds it under "evaluation";
+        taken: places that are given away and not yet written to.
     """
     wanted = json.loads(json.dumps(evaluation))  # tuples become lists, as in a file
     for number in itertools.count(1):
         stem = folder / (name + (f"-{number}" if number > 1 else ""))
+        if stem in taken:
+            continue
         file = with_ending(stem, ".json")
         try:
             if json.loads(file.read_text(encoding="utf-8"))["evaluation"] == wanted:

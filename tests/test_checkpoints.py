@@ -14,7 +14,9 @@ def save(folder, step, keep=2, value=0.0):
     module = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(module.parameters())
     tensors = {"weight": torch.full((2, 2), value)}
-    return ckpt.save_checkpoint(folder, step, tensors, optimizer.state_dict(), {"note": "x"}, keep)
+    return ckpt.save_checkpoint(
+        folder, step, tensors, optimizer.state_dict(), {"settings": {}}, keep
+    )
 
 
 def test_round_trip_and_rotation(tmp_path):
@@ -22,7 +24,7 @@ def test_round_trip_and_rotation(tmp_path):
         save(tmp_path, step, value=float(step))
     assert [p.name for p in ckpt.checkpoints_in(tmp_path)] == ["step_00000002", "step_00000010"]
     newest = ckpt.checkpoints_in(tmp_path)[-1]
-    assert read_state(newest) == {"step": 10, "note": "x"}
+    assert read_state(newest) == {"step": 10, "settings": {}}
     assert torch.equal(ckpt.read_trained(newest)["weight"], torch.full((2, 2), 10.0))
     assert "param_groups" in ckpt.read_optimizer(newest)
 

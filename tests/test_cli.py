@@ -108,7 +108,7 @@ def test_help_shows_what_a_bare_run_uses(capsys, preset, denoiser):
         shown[name] = re.search(r"\(default: (.*?)\)(?=\n|$)", " ".join(words.split("\n      ")))[1]
     assert shown.keys() == vars(bare).keys()
     for name, value in vars(bare).items():
-        words = "on" if value is True else "off" if value is False else value or "none"
+        words = "on" if value is True else "off" if value is False else value or "empty"
         words = value if isinstance(value, int | float) and not isinstance(value, bool) else words
         assert "".join(shown[name].split()) == str(words), name
 

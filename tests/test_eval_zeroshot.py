@@ -211,6 +211,18 @@ def test_four_formats_of_captions_are_one(tmp_path):
         assert found.owner.tolist() == [0, 0, 1]
 
 
+def test_captions_without_a_head_with_empty_lines_and_of_one_file_twice(tmp_path):
+    for name in ("image_1.jpg", "b.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    table = tmp_path / "no_head.csv"
+    table.write_text("\nimage_1.jpg| 0| a dog\nb.jpg| 0| a cat\n\n")
+    assert ez.read_captions(str(table), "").texts == ["a dog", "a cat"]
+    twice = tmp_path / "twice.json"
+    entries = [{"file": "b.jpg", "captions": ["a cat"]}, {"file": "b.jpg", "captions": ["a dog"]}]
+    twice.write_text(json.dumps(entries))
+    assert ez.read_captions(str(twice), "").texts == ["a cat", "a dog"]
+
+
 def test_cifar100_as_torchvision_reads_it(tmp_path, monkeypatch):
     import torchvision.datasets as tv
 

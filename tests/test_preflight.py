@@ -189,3 +189,66 @@ def test_evaluations_answer_at_once_too(tmp_path, command, words):
     done, seconds = timed(*command.format(here=tmp_path).split())
     assert done.returncode == 2 and words.format() in done.stderr and seconds < 5, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+# -- runs that change on the way -----------------------------------------------------------------
+CONSTANT = ["--schedule", "constant"]
+
+
+def test_a_prolonged_run_is_finished_only_with_its_new_enhanced_model(tmp_path, monkeypatch):
+    """Interrupted between the last checkpoint and the enhanced model: the next start writes it."""
+    import train as training
+
+    assert train_here(tmp_path, "p", *CONSTANT).returncode == 0
+    model = tmp_path / "p" / "enhanced" / "open_clip_model.safetensors"
+    before = model.read_bytes()
+    more = [*CONSTANT, "--stage2_steps", "6"]
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(training, "write_enhanced", interrupted)
+        assert train_here(tmp_path, "p", *more).returncode == 130
+    command = "train.py", "--runs", tmp_path, "--name", "p", *TINY, *more
+    done, _ = timed(*command)
+    assert (
+        done.returncode == 0 and "is finished" not in done.stdout and "step 6 of 6" in done.stdout
+    )
+    assert model.read_bytes() != before
+    assert "is finished" in timed(*command)[0].stdout
+
+
+def test_stage_1_is_not_taken_away_from_stage_2(straight, tmp_path):
+    assert train_here(tmp_path, "t", *CONSTANT).returncode == 0
+    before = contents(tmp_path / "t")
+    done = train_here(tmp_path, "t", *CONSTANT, "--stage1_steps", "12")
+    assert done.returncode == 2 and "began from a stage 1 of 6 steps: 12 would" in done.stderr
+    assert contents(tmp_path / "t") == before
+
+
+def test_fewer_steps_than_are_done_is_a_finished_stage(tmp_path):
+    assert train_here(tmp_path, "f", *CONSTANT, "--stage", "1").returncode == 0
+    done = train_here(tmp_path, "f", *CONSTANT, "--stage1_steps", "4")
+    assert done.returncode == 0 and (tmp_path / "f" / "enhanced" / "README.md").is_file()
+
+
+def test_a_state_without_settings_is_named(tmp_path):
+    checkpoint = tmp_path / "runs" / "s" / "stage1" / "step_00000006"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"step": 6}')
+    done, _ = timed("train.py", "--runs", tmp_path / "runs", "--name", "s", *TINY)
+    assert done.returncode == 2 and "it has no settings" in done.stderr
+
+
+def test_a_run_whose_stage_1_is_another_is_not_loaded(straight, tmp_path):
+    """Adapters of stage 2 belong to the denoiser that they were trained against."""
+    from training.assemble import load_run
+
+    shutil.copytree(straight, tmp_path / "m")
+    assert train_here(tmp_path, "other", "--stage", "1", "--seed", "9").returncode == 0
+    newest = "stage1/step_00000006/trained.safetensors"
+    shutil.copy(tmp_path / "other" / newest, tmp_path / "m" / newest)
+    load_run(tmp_path / "m", stage=1)
+    with pytest.raises(ValueError, match="trained beside other parts .fingerprints: denoiser"):
+        load_run(tmp_path / "m", stage=2)

@@ -393,3 +393,11 @@ def test_mistakes_are_found_before_weights_are_read(runs, monkeypatch, words, sa
     code, out = command(shlex.join([*words, "--model", str(TOY), "--runs", str(runs)]), {})
     assert code == 2 and len(out.splitlines()) == 1 and re.search(re.escape(said), out), out
     assert not (runs / "eval").exists(), "nothing was made"
+
+
+def test_two_models_whose_folders_are_one_get_a_report_each(tmp_path):
+    models = {"a": "x:a", "e/one-enhanced": "x:b", "e-one/enhanced": "x:c"}
+    folders = results.folders_of(models, str(tmp_path), "runs")
+    assert len(set(folders.values())) < len(folders), "else this test shows nothing"
+    stems = [stem for _, stem, _ in results.reports(models, folders, "toy", {})]
+    assert len(set(stems)) == len(stems)

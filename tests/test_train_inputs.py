@@ -111,6 +111,10 @@ def test_published_flux_as_the_denoiser(tmp_path):
     assert (run / "enhanced" / "open_clip_model.safetensors").is_file()
     losses = [line["loss"] for line in metrics(run)]
     assert all(math.isfinite(loss) for loss in losses)
+    # In bf16, as on a GPU: the weights are kept in it, and grids are drawn in it.
+    half = train_here(tmp_path, "half", "--precision", "bf16", tiny=flags)
+    assert half.returncode == 0, half.stderr
+    assert (tmp_path / "half" / "samples" / "stage2_step000004.png").is_file()
     flags[-1] = str(tmp_path / "b.safetensors")
     again = train_here(tmp_path, "flux", tiny=flags)
     assert again.returncode == 2 and "in its fingerprints (denoiser" in again.stderr

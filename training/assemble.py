@@ -24,8 +24,10 @@ from pretrained.flux import load_flux
 from settings import TOY_DIR, Settings, settings_of_run
 from toy.world import ToyScenes
 from training import checkpoints as ckpt
+from training.preflight import read_state, require_same
 from training.process import Process, start_process, wait_for_all
 from training.shards import ShardIndex, is_shard_pattern
+from util.files import fingerprint
 
 PURPOSES = (
     "denoiser",  # the denoiser's and projectors' first weights
@@ -147,9 +149,24 @@ def load_run(run: str | Path, stage: int = 2) -> tuple[torch.nn.Module, GenHance
         found = ckpt.checkpoints_in(folder / f"stage{number}")
         if not found:
             raise FileNotFoundError(f"run {run}: no checkpoint in {folder / f'stage{number}'}")
+        # Another CLIP, tokenizer or stage 1 than it was trained against would load, and be wrong.
+        mine = {"fingerprints": fingerprints_of(model, number)}
+        message = f"{found[-1]} was trained beside other parts ({{what}}: {{difference}})"
+        require_same(read_state(found[-1]), mine, message)
         model.start_stage1() if number == 1 else start_stage2(model, settings)
         ckpt.restore(model, found[-1])
     return clip, model.eval()
+
+
+def fingerprints_of(model: GenHancer, stage: int) -> dict[str, str]:
+    """Of what does not learn in a stage. A checkpoint holds only what trains; these say what it was
+    trained against."""
+    parts = {"clip": model.visual, "tokenizer": model.paradigm.tokenizer}
+    if stage == 2 or not model.paradigm.denoiser_learns:
+        parts["denoiser"] = model.paradigm.denoiser
+    if stage == 2:  # what stage 1 handed over
+        parts |= {n: getattr(model, n) for n in ("project_vector", "project_context")}
+    return {name: fingerprint(part) for name, part in parts.items() if part is not None}
 
 
 def start_stage2(model: GenHancer, settings: Settings) -> None:

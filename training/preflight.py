@@ -25,8 +25,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def read_state(checkpoint: Path) -> dict:
     """The JSON of a checkpoint. Raises: ValueError where it is not one."""
     try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads((checkpoint / "state.json").read_text())
+        if missing := {"step", "settings"} - state.keys():
+            raise ValueError(f"it has no {min(missing)}")
+        return state
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"checkpoint {checkpoint}: state.json cannot be read ({error})") from None
 
 
@@ -72,8 +75,8 @@ def preflight(settings: Settings, ranks: int) -> None:
     """Raises: ValueError or FileNotFoundError, naming what is wrong, where, and what to do."""
     if settings.batch % (settings.micro(ranks) * ranks):
         raise ValueError(
-            f"global batch {settings.batch} is no multiple of micro_batch "
-            f"{settings.micro(ranks)} × {ranks} ranks"
+            f"--batch {settings.batch} is no multiple of micro_batch {settings.micro(ranks)} × "
+            f"{ranks} ranks: the global batch is cut into pieces of that size"
         )
     check_files(settings)
     check_run(settings)
@@ -134,6 +137,14 @@ def check_run(settings: Settings, pictures: int | None = None) -> None:
             for names in ({"denoiser"}, old.keys() | mine.keys()):
                 pair = ({"settings": {n: s.get(n) for n in names}} for s in (old, mine))
                 require_same(*pair, other_run(folder))
+    if 1 in stages_of(settings) and checkpoints_in(run / "stage2"):
+        found = checkpoints_in(run / "stage1")
+        step = read_state(found[-1])["step"] if found else 0
+        if step < settings.stage1_steps:
+            raise ValueError(
+                f"{run / 'stage2'} began from a stage 1 of {step} steps: {settings.stage1_steps} "
+                "would take its beginning away; choose another --name, or delete that folder"
+            )
     if 1 not in stages_of(settings) and not settings.end_to_end:
         folder = Path(settings.stage1_from or run) / "stage1"
         if not checkpoints_in(folder):

@@ -22,7 +22,6 @@ from training import checkpoints as ckpt
 from training.assemble import seed_of
 from training.preflight import other_run, read_state, require_same
 from training.process import Process
-from util.files import fingerprint
 
 
 @dataclass
@@ -96,14 +95,10 @@ def begin_or_resume(
 
     Raises: ValueError where a checkpoint is there that these settings could not have written.
     """
-    run, fingerprints = run_directory(settings), fingerprints_of(model)
-    if number == 2:
-        if not settings.end_to_end:
-            take_over_stage1(model, fingerprints, Path(settings.stage1_from or run))
-        for name in ("project_vector", "project_context"):  # what stage 1 handed over
-            if projector := getattr(model, name):
-                fingerprints[name] = fingerprint(projector)
-        fingerprints["denoiser"] = fingerprint(model.paradigm.denoiser)
+    run = run_directory(settings)
+    if number == 2 and not settings.end_to_end:
+        take_over_stage1(model, Path(settings.stage1_from or run))
+    fingerprints = assemble.fingerprints_of(model, number)
     stage = begin(number, model, settings, process)
     stage.agreed = {
         "stage": number,
@@ -114,6 +109,9 @@ def begin_or_resume(
     if found := ckpt.checkpoints_in(stage.folder):
         resume(stage, found[-1])
     if process.is_main:  # nothing was refused: only now is anything written
+        if number == 2 and stage.done < settings.steps(number):
+            # The card says that the enhanced model is this run's: from here on it is an older one.
+            (run / "enhanced" / "README.md").unlink(missing_ok=True)
         if stage.done == 0:
             runlog.write_config(settings, number, process, run)
         runlog.trim_metrics(run / "metrics.jsonl", number, stage.done)
@@ -125,23 +123,14 @@ def begin_or_resume(
     return stage
 
 
-def fingerprints_of(model: GenHancer) -> dict[str, str]:
-    """Of what never learns. A checkpoint holds only what trains; these say what it was trained
-    against."""
-    paradigm = model.paradigm
-    parts = {"clip": model.visual, "tokenizer": paradigm.tokenizer}
-    if not paradigm.denoiser_learns:
-        parts["denoiser"] = paradigm.denoiser
-    return {name: fingerprint(part) for name, part in parts.items()}
-
-
-def take_over_stage1(model: GenHancer, fingerprints: dict[str, str], run: Path) -> None:
+def take_over_stage1(model: GenHancer, run: Path) -> None:
     """Projectors and denoiser as the newest stage 1 of `run` left them. (That there is one was seen
     before anything was loaded.) Raises: ValueError where it does not fit, and why."""
     newest = ckpt.checkpoints_in(run / "stage1")[-1]
     # The tower that stage 1 looked through must be the very one that stage 2 adapts: same shape,
     # same weights. A denoiser that learnt to read other features would teach nonsense.
-    mine = {"architecture": model.architecture(), "fingerprints": fingerprints}
+    mine = {"architecture": model.architecture()}
+    mine["fingerprints"] = assemble.fingerprints_of(model, 1)
     message = f"stage 1 in {newest} differs from this run in its {{what}}: {{difference}}"
     require_same(read_state(newest), mine, message)
     model.start_stage1()

@@ -145,8 +145,8 @@ def _flag_lines(field: dataclasses.Field, text: str, value) -> list[str]:
     name = f"--{field.name}, --no-{field.name}" if kind is bool else f"--{field.name}"
     values = {bool: "", tuple: "TEXT (may be repeated)", str: "TEXT", int: "INT", float: "FLOAT"}
     head = f"  {name} {', '.join(choices) if choices else values[kind]}".rstrip()
-    default = "none" if value in ("", ()) else "on" if value is True else value
-    default = "off" if value is False else default
+    default = {"": "empty", (): "none", True: "on", False: "off"}.get(value, value)
+    default = value if type(value) in (int, float) else default  # 1 == True
     about = textwrap.wrap(f"{text} (default: {default})", 94, break_long_words=False)
     column = 26
     if len(head) < column - 1 and len(about) == 1 and column + len(about[0]) <= 100:
@@ -157,10 +157,13 @@ def _flag_lines(field: dataclasses.Field, text: str, value) -> list[str]:
 
 
 def check_bounds(settings) -> None:
-    """Raises: ValueError naming the first value that is no choice of its field, is not finite, or
-    is out of bounds."""
+    """Raises: ValueError naming the first value that is of another type than its field's, no choice
+    of it, not finite, or out of bounds."""
     for field in dataclasses.fields(settings):
         name, value, notes = field.name, getattr(settings, field.name), field.metadata
+        kind = type(field.default)
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise ValueError(f"--{name} {value!r}: must be {KINDS[kind]}")
         if notes["choices"] and value not in notes["choices"]:
             choices = ", ".join(notes["choices"])
             hint = nearest(value, notes["choices"])
@@ -172,6 +175,13 @@ def check_bounds(settings) -> None:
                 raise ValueError(f"--{name} {value}: must be {words} {notes[bound]}")
 
 
+KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a tuple of texts",
+}
 BOUNDS = (
     ("at_least", "at least", operator.ge),
     ("at_most", "at most", operator.le),
