@@ -407,7 +407,7 @@ def main() -> None:
     asked = {"command": "eval_mmvp.py", "benchmark": results.identity(settings.benchmark), **asked}
 
     def said(names: list[str], wide: bool = False) -> str:
-        known = pair_set is not None and pair_set.name == "MMVP-VLM"
+        known = pair_set is not None and pair_set.mmvp
         paper = paper_table([models[name] for name in names]) if known else ""
         return text_of(found, names, wide) + ("\n" + paper if paper else "")
 

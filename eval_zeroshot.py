@@ -170,7 +170,7 @@ def _torchvision(name: str, root: Path) -> Classes:
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(
             f"--classify {name}: torchvision does not find it under --root {root} "
-            f"({' '.join(str(error).split())[:150]})"
+            f"({' '.join(str(error).partition(' You can use')[0].split())[:150]})"
         ) from None
 
 

@@ -302,7 +302,7 @@ def tokenizer_files(about: dict) -> tuple[dict[str, str | dict], str]:
     if name := text.get("hf_tokenizer_name"):
         return {}, f"none is here; take that of {name}"
     if text["vocab_size"] != 49408:
-        what = "whole words, listed in its open_clip config" if "words" in about else "unknown"
+        what = f"whole words, {OURS}'s `words`" if "words" in about else "unknown"
         return {}, f"{what}; not CLIP's, which open_clip.get_tokenizer would give in silence"
     tokenizer = open_clip.SimpleTokenizer()
     start, end = "<|startoftext|>", "<|endoftext|>"  # OpenAI's spelling of the last two tokens

@@ -300,7 +300,7 @@ TOY_PERCEIVER = {
 PERCEIVER = {"width": 1024, "heads": 16}
 # For people with photographs and one GPU of 12 GB or more: OpenAI's smallest ViT, a denoiser of
 # about 100 M parameters, batches of 64, and an epoch of CC3M. The rates are the paper's.
-ONE_GPU = {"batch": 64, "micro_batch": 64, "stage1_steps": 50_000, "sample_every": 2_500}
+ONE_GPU = {"gpus": 1, "batch": 64, "micro_batch": 64, "stage1_steps": 50_000, "sample_every": 2_500}
 ONE_GPU_FLOW = {"width": 1152, "heads": 9, "blocks": 1, "context_dim": 1024}
 ONE_GPU_PERCEIVER = {"width": 1024, "heads": 16}
 
@@ -355,6 +355,8 @@ def notes_of(name: str) -> dict:
 def check(settings: Settings) -> None:
     """Settings that would fail late, or silently do nothing. Raises: ValueError naming the flag."""
     check_bounds(settings)
+    if settings.name in (".", "..") or "/" in settings.name or "\\" in settings.name:
+        raise ValueError(f"--name {settings.name}: a plain name, no path; the folder is --runs")
     if settings.end_to_end and settings.stage == "1":
         raise ValueError("--end_to_end has no stage 1: drop --stage 1")
     if settings.stage1_from and (settings.end_to_end or settings.stage == "1"):

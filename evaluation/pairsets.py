@@ -25,6 +25,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+MMVP_PAIRS = 135
 IMAGE_FOLDERS = ("MMVP_VLM_Images", "MLLM_VLM Images", "MLLM_VLM_Images")  # all three are about
 
 
@@ -47,6 +48,8 @@ class PairSet:
     name: str
     items: list[Item]
     template: str = "{}"
+    mmvp: bool = False
+    """in MMVP-VLM's layout"""
 
 
 def read_pair_set(source: str | Path) -> PairSet:
@@ -55,7 +58,10 @@ def read_pair_set(source: str | Path) -> PairSet:
     source = Path(source)
     if source.suffix == ".json" and source.is_file():
         return read_json(source)
-    return PairSet("MMVP-VLM", read_mmvp(source), "a photo of {}")
+    items = read_mmvp(source)
+    # Other sets come in this layout too, the toy's among them: only the real one has that name.
+    name = "MMVP-VLM" if len(items) == MMVP_PAIRS else source.resolve().name
+    return PairSet(name, items, "a photo of {}", mmvp=True)
 
 
 def read_mmvp(folder: str | Path) -> list[Item]:

@@ -117,6 +117,9 @@ def describe_clip(model: str) -> tuple[ClipInfo, Path | None]:
         return _read_config(model, config), weights
     if not named:
         near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
+        if "/" in model:
+            what = "a file, but not .safetensors" if path.is_file() else "no such folder or file"
+            raise ValueError(f"CLIP {model!r}: {what}")
         raise ValueError(
             f"CLIP {model!r}: not a folder, not a .safetensors file, and {name!r} is not an "
             f"open_clip model name; {f'did you mean {near[0]}' if near else 'try ViT-B-32:openai'}?"

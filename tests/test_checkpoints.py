@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training import checkpoints as ckpt
-from training.preflight import first_difference, read_state, require_same
+from training.preflight import differences, read_state, require_same
 from util.files import fingerprint
 
 
@@ -107,7 +107,7 @@ def test_fingerprint_tells_models_apart():
     assert fingerprint(a) == fingerprint(b)
 
 
-def test_first_difference():
-    assert first_difference({"a": {"b": (1, 2)}}, {"a": {"b": [1, 2]}}) is None
-    assert first_difference({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == "a.b: 1 → 3"
-    assert first_difference({}, {"new": 1}) == "new: None → 1"
+def test_differences():
+    assert differences({"a": {"b": (1, 2)}}, {"a": {"b": [1, 2]}}) == []
+    assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == ["a.b: 1 → 3"]
+    assert differences({"a": 1}, {"new": 1}) == ["a: 1 → None", "new: None → 1"]

@@ -125,7 +125,7 @@ def test_the_card_names_no_path_of_this_machine(run, model_cfg, words):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (SETTINGS, "those of stage 1 are beside this folder, in `config.json`, `stages` → `1`"),
+        (SETTINGS, "those of stage 1 are in the run's folder, in `config.json`, `stages` → `1`"),
         (replace(SETTINGS, stage1_from="/data/runs/base"), "stage 1 was that of the run `base`"),
         (replace(SETTINGS, end_to_end=True), "there was no stage 1"),
     ],

@@ -235,7 +235,8 @@ def test_command_on_a_folder(folder, enhanced, tmp_path):
     done = run("--benchmark", folder, "--model", TOY, "--model", enhanced, "--out", out)
     name = f"{enhanced.parent.name}/enhanced"
     assert done.returncode == 0, done.stderr
-    assert "MMVP-VLM, 18 pairs, text-to-image; prompt 'a photo of {}'; one is 5.56" in done.stdout
+    title = f"{folder.name}, 18 pairs, text-to-image; prompt 'a photo of {{}}'; one is 5.56"
+    assert title in done.stdout
     assert "Within the noise" in done.stdout and "against toy/clip: won" in done.stdout
     result = result_in(out)
     assert result["text-to-image"][-1]["n"] == result["group"][-1]["n"] == 18

@@ -37,9 +37,10 @@ WRONG = {
     "output": (["--output", "x"], "--runs DIR/--name NAME"),
     "device": (["--device", "cuda"], "CUDA_VISIBLE_DEVICES="),
     "a mistyped flag": (["--blokcs", "3"], "did you mean --blocks?"),
-    "a mistyped preset": (["--preset", "openai-l14-244"], "did you mean openai-l14-224?"),
-    "a preset by its model": (["--preset", "siglip"], "invalid choice: 'siglip'"),
+    "a mistyped preset": (["--preset", "openai-l14"], "did you mean openai-l14-224?"),
+    "a preset by its model": (["--preset", "siglip"], "did you mean siglip-so400m-224?"),
     # settings
+    "a name with a path": (["--name", "../x"], "a plain name, no path"),
     "an uneven batch": (["--batch", "10", "--micro_batch", "4"], "no multiple of micro_batch 4"),
     "the other denoiser's": (["--layers", "4"], "add --denoiser perceiver"),
     "too many patch tokens": (["--local_ratio", "200"], "must be at most 100"),
@@ -85,7 +86,10 @@ def test_refused_at_once_in_one_line_with_nothing_written(tmp_path, case):
     [
         (["--stage1_lr", "1e-5"], "settings (stage1_lr: 0.002 → 1e-05)"),
         (["--seed", "3"], "settings (seed: 0 → 3)"),
-        (["--width", "64", "--rope_axes", "8,12,12"], "settings (rope_axes: 4,6,6 → 8,12,12)"),
+        (
+            ["--width", "64", "--rope_axes", "8,12,12"],
+            "settings (rope_axes: 4,6,6 → 8,12,12, width: 32 → 64)",
+        ),
         (["--toy_images", "47"], "settings (toy_images: 48 → 47)"),
     ],
 )

@@ -248,9 +248,7 @@ def test_stage2_refuses_stage1_of_another_architecture_by_name(straight, tmp_pat
     done = train_here(
         tmp_path, "x", "--stage", "2", "--stage1_from", straight, "--vector_dim", "16"
     )
-    assert (
-        done.returncode == 2 and "in its architecture: denoiser.vector_dim: 12 → 16" in done.stderr
-    )
+    assert done.returncode == 2 and "had other settings (vector_dim: 12 → 16)" in done.stderr
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):

@@ -70,8 +70,8 @@ In transformers' layout, for LLaVA and others: `python export_hf.py`, from open_
 |---|---|---|---|---|
 {metrics_rows(run)}
 
-Benchmark figures: `python eval_mmvp.py --model runs/{run.name}` writes them beside this folder, \
-in `eval/`.
+Benchmark figures: `python eval_mmvp.py --model runs/{run.name}` writes them into the \
+run's folder `eval/`.
 
 Settings that decide the numbers of stage 2; {where_stage1_is(settings)}:
 
@@ -173,7 +173,7 @@ def where_stage1_is(settings: Settings) -> str:
     if settings.stage1_from:
         name = Path(settings.stage1_from).name
         return f"stage 1 was that of the run `{name}`, whose settings are there {where}"
-    return f"those of stage 1 are beside this folder, {where}"
+    return f"those of stage 1 are in the run's folder, {where}"
 
 
 def without_path(spelling: str) -> str:

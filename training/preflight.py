@@ -37,21 +37,22 @@ def require_same(old: dict, new: dict, message: str) -> None:
     """Raises: ValueError where an entry of `new` differs from that of `old`; `message` may hold
     {what}, the entry, and {difference}."""
     for what, mine in new.items():
-        if difference := first_difference(old.get(what, {}), mine):
+        if found := differences(old.get(what, {}), mine):
+            said = ", ".join(found[:4]) + f" and {len(found) - 4} more" * (len(found) > 4)
             # Not str.format: the name of a folder in the message may hold braces of its own.
-            raise ValueError(message.replace("{what}", what).replace("{difference}", difference))
+            raise ValueError(message.replace("{what}", what).replace("{difference}", said))
 
 
-def first_difference(old: dict, new: dict, path: str = "") -> str | None:
-    """The first key at which two nested dicts differ, as "path: old → new"; None: they agree."""
+def differences(old: dict, new: dict, path: str = "") -> list[str]:
+    """The keys at which two nested dicts differ, as "path: old → new"."""
+    found = []
     for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
+        a, b = (json.loads(json.dumps(side.get(key))) for side in (old, new))  # tuples are lists
         if isinstance(a, dict) and isinstance(b, dict):
-            if inner := first_difference(a, b, f"{path}{key}."):
-                return inner
-        elif json.loads(json.dumps(a)) != json.loads(json.dumps(b)):  # (1, 2) and [1, 2] are equal
-            return f"{path}{key}: {a} → {b}"
-    return None
+            found += differences(a, b, f"{path}{key}.")
+        elif a != b:
+            found.append(f"{path}{key}: {a} → {b}")
+    return found
 
 
 def other_run(folder: Path) -> str:
@@ -66,6 +67,12 @@ def stages_of(settings: Settings) -> list[int]:
     """The stages that this start will go through."""
     first = not settings.end_to_end and not settings.stage1_from
     return [n for n in (1, 2) if settings.stage in (str(n), "both") and (n == 2 or first)]
+
+
+SHAPE = (
+    "denoiser", "blocks", "layers", "learnt_latents", "width", "heads", "rope_axes", "vector_dim",
+    "context_dim", "guidance", "local_ratio",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
@@ -152,6 +159,12 @@ def check_run(settings: Settings, pictures: int | None = None) -> None:
                 f"stage 2 needs stage 1, and {folder} holds no checkpoint: run --stage 1 first, or "
                 "name a run that has one with --stage1_from"
             )
+        # What shapes projectors and denoiser: stage 2 takes over stage 1's.
+        newest = checkpoints_in(folder)[-1]
+        shape = {n: v for n, v in relevant(settings, 1).items() if n in SHAPE}
+        old = {n: read_state(newest)["settings"].get(n) for n in shape}
+        message = f"stage 1 in {newest} had other {{what}} ({{difference}}): give the same flags"
+        require_same({"settings": old}, {"settings": shape}, message)
 
 
 def finished(settings: Settings) -> str:

@@ -191,7 +191,8 @@ BOUNDS = (
 
 def nearest(wrong: str, names: Iterable[str]) -> str:
     """A question with the nearest spelling, or nothing."""
-    near = difflib.get_close_matches(wrong, list(names), n=1, cutoff=0.5)
+    near = [name for name in names if name.startswith(wrong)]  # typed in part
+    near = near or difflib.get_close_matches(wrong, list(names), n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -203,7 +204,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         if message.startswith("unrecognized arguments:"):
             wrong = next((w for w in message.split() if w.startswith("-")), "").split("=")[0]
-            hint = self.hints.get(wrong.lstrip("-"))
+            hint = self.hints.get(wrong.lstrip("-").replace("-", "_"))
             near = nearest(wrong, self._option_string_actions) or " (see --help)"
             message += f" ({hint})" if hint else near
         elif found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
