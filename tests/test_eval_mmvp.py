@@ -235,8 +235,8 @@ def test_command_on_a_folder(folder, enhanced, tmp_path):
     done = run("--benchmark", folder, "--model", TOY, "--model", enhanced, "--out", out)
     name = f"{enhanced.parent.name}/enhanced"
     assert done.returncode == 0, done.stderr
-    title = f"{folder.name}, 18 pairs, text-to-image; prompt 'a photo of {{}}'; one is 5.56"
-    assert title in done.stdout
+    assert f"{folder.name}, 18 pairs, text-to-image;" in done.stdout
+    assert "one is 5.56" in " ".join(done.stdout.split())
     assert "Within the noise" in done.stdout and "against toy/clip: won" in done.stdout
     result = result_in(out)
     assert result["text-to-image"][-1]["n"] == result["group"][-1]["n"] == 18
@@ -400,7 +400,7 @@ def test_bad_json_sets_are_named(tmp_path, content, message):
         (("--model", TOY, "--model", TOY), "named twice"),
         (("--benchmark", "x", "--template", "a photo"), "put {} where the statement goes"),
         (("--template", "{}"), "not for the toy's"),
-        (("--out", TOY), "is a file"),
+        (("--model", TOY, "--out", TOY), "is a file"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(arguments, message):

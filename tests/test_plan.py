@@ -141,7 +141,16 @@ def test_flops_of_a_product_are_two_a_number():
 @pytest.mark.parametrize("preset", BACKBONES)
 def test_the_command_for_every_preset(preset):
     start = time.time()
-    command = [sys.executable, str(ROOT / "train.py"), "--plan", "--preset", preset, "--zero"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--plan",
+        "--preset",
+        preset,
+        "--zero",
+        "--gpus",
+        "8",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     print(f"{preset}: {time.time() - start:.1f} s with the start of PyTorch")

@@ -311,4 +311,4 @@ def test_the_two_denoisers_do_not_share_a_run(straight, perceiver):
     done = train_here(
         straight.parent, "x", "--stage", "2", "--stage1_from", straight, tiny=PERCEIVER
     )
-    assert done.returncode == 2 and "in its architecture: denoiser" in done.stderr
+    assert done.returncode == 2 and "had other settings (denoiser: flow → perceiver" in done.stderr
