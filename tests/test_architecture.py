@@ -147,7 +147,9 @@ def test_lengths_of_lines_files_and_functions(name):
     file = MODULES[name]
     lines = file.read_text(encoding="utf-8").splitlines()
     assert max(map(len, lines), default=0) <= 100
-    assert len(lines) <= (370 if name == "train" else 500)
+    # A notebook's text is in its source too.
+    limit = 600 if name.startswith("notebooks.") else 500
+    assert len(lines) <= (370 if name == "train" else limit)
     for function in functions(file):
         limit = 70 if function.name == "run_stage" else 80
         length = function.end_lineno - function.lineno + 1
