@@ -1,6 +1,7 @@
 """assemble.py: the same model from the same settings, whatever happened before; seeds that mix."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -70,3 +71,13 @@ def test_no_run_and_no_stage_are_named(straight, tmp_path):
     (tmp_path / "config.json").write_text((straight / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match="no checkpoint in .*stage1"):
         assemble.load_run(tmp_path, 1)
+
+
+@pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_shipped_runs_load_and_name_no_machine(denoiser, stage):
+    run = TOY_DIR / "runs" / denoiser
+    _, model = assemble.load_run(run, stage)
+    assert model.tower_learns == (stage == 2) and not model.training
+    for file in run.rglob("*.json"):
+        assert not re.search(r"/(home|tmp|work|root)/", file.read_text())
