@@ -229,7 +229,8 @@ def test_parameter_table_of_the_perceiver():
 def test_links_and_pictures_exist():
     for folder, texts in ((ROOT, [README]), (ROOT / "docs", DOCS.values())):
         for text in texts:
-            for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            markdown = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+            for target in markdown + re.findall(r'(?:src|href)="([^"]+)"', text):
                 if not target.startswith("http"):
                     assert (folder / target).exists(), target
 
