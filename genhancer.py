@@ -423,6 +423,7 @@ class GenHancer(nn.Module):
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """Everything about images that training cannot change, so that it can be computed once:
         what the tokenizer makes of them, and "original", the features of v_θ0 (B, d)."""
+        self.check_images(images)
         return {**self.paradigm.tokenize(images), "original": self.original_features(images)}
 
     @torch.no_grad()

@@ -296,13 +296,12 @@ TOY_PERCEIVER = {
     "stage2_lr": 9e-4,
     "drift_weight": 0.1,
 }
-# The full size's Perceiver is a twelfth of its flow denoiser.
+# The full size's Perceiver is a twelfth of its flow denoiser, and fits one GPU as it is.
 PERCEIVER = {"width": 1024, "heads": 16}
 # For people with photographs and one GPU of 12 GB or more: OpenAI's smallest ViT, a denoiser of
 # about 100 M parameters, batches of 64, and an epoch of CC3M. The rates are the paper's.
 ONE_GPU = {"gpus": 1, "batch": 64, "micro_batch": 64, "stage1_steps": 50_000, "sample_every": 2_500}
 ONE_GPU_FLOW = {"width": 1152, "heads": 9, "blocks": 1, "context_dim": 1024}
-ONE_GPU_PERCEIVER = {"width": 1024, "heads": 16}
 
 
 def usual(preset: str, denoiser: str) -> dict:
@@ -314,7 +313,7 @@ def usual(preset: str, denoiser: str) -> dict:
         return chosen | TOY | (TOY_FLOW if flow else TOY_PERCEIVER)
     chosen["clip"] = BACKBONES.get(preset, "")
     if preset == "openai-b32-224":
-        return chosen | ONE_GPU | (ONE_GPU_FLOW if flow else ONE_GPU_PERCEIVER)
+        return chosen | ONE_GPU | (ONE_GPU_FLOW if flow else PERCEIVER)
     return chosen if flow else chosen | PERCEIVER
 
 

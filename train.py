@@ -49,7 +49,8 @@ def start() -> None:
     """Ends the process for a mistake, and for a run that is finished."""
     settings = command_line()
     if not settings.plan and (line := finished(settings)):
-        print(line)
+        if os.environ.get("RANK", "0") == "0":
+            print(line)
         raise SystemExit(0)
 
 

@@ -262,8 +262,7 @@ def name_models(models: Sequence[str]) -> dict[str, str]:
     if len(set(models)) < len(models):
         raise ValueError("--model: the same model is named twice")
     for model in models:
-        # Of NAME:FILE, describe_clip says how it will be built; once is enough, when it is loaded.
-        if not _is_transformers(model) and not Path(model.partition(":")[2]).is_file():
+        if not _is_transformers(model):
             describe_clip(model)
     names = [short_name(model) for model in models]
     return dict(zip(names if len(set(names)) == len(names) else models, models, strict=True))

@@ -81,11 +81,19 @@ def load_clip(model: str) -> tuple[nn.Module, ClipInfo]:
     Raises: FileNotFoundError, or ValueError saying which part of `model` is not known or not sound.
     """
     info, weights = describe_clip(model)
+    name, _, tag = model.partition(":")
     if weights is not None:
+        if tag and info.name == name and "timm_model_name" not in info.model_cfg["vision_cfg"]:
+            # NAME:FILE. Nothing in the file can tell. OpenAI's, MetaCLIP's, DFN's are QuickGELU.
+            activation = "QuickGELU" if info.model_cfg.get("quick_gelu") else "GELU"
+            print(
+                f"CLIP {model}: built with {activation}, as {name} says; a weights file cannot "
+                "tell which it was trained with",
+                file=sys.stderr,
+            )
         clip = build_clip(info)
         _fill(clip, _read(model, weights), f"CLIP {model}: {weights.name}")
         return clip.eval(), info
-    name, _, tag = model.partition(":")
     try:
         clip = open_clip.create_model(name, pretrained=tag, weights_only=True)
     except Exception as error:  # open_clip raises many kinds: no network, broken download, …
@@ -131,13 +139,6 @@ def describe_clip(model: str) -> tuple[ClipInfo, Path | None]:
     if file.suffix in WEIGHT_FILES or file.is_file():
         if not file.is_file():
             raise FileNotFoundError(f"CLIP {model!r}: no weights file {file}")
-        # Nothing in the file can tell. OpenAI's, MetaCLIP's and DFN's are QuickGELU.
-        if "timm_model_name" not in model_cfg["vision_cfg"]:
-            print(
-                f"CLIP {model}: built with {'QuickGELU' if quick else 'GELU'}, as {name} says; a "
-                "weights file cannot tell which it was trained with",
-                file=sys.stderr,
-            )
         known, weights = {}, file
     else:
         known, weights = open_clip.get_pretrained_cfg(name, tag), None

@@ -81,3 +81,13 @@ def test_the_shipped_runs_load_and_name_no_machine(denoiser, stage):
     assert model.tower_learns == (stage == 2) and not model.training
     for file in run.rglob("*.json"):
         assert not re.search(r"/(home|tmp|work|root)/", file.read_text())
+
+
+def test_toy_scenes_are_for_a_clip_of_their_size(tmp_path):
+    """Found before any weight is read; the cache's limit counts scenes as well as photographs."""
+    torch.save({}, tmp_path / "w.pt")
+    large = Settings.of("toy", clip=f"ViT-B-32-quickgelu:{tmp_path / 'w.pt'}")
+    with pytest.raises(ValueError, match="toy scenes have 64 px, .* looks at 224: give --data"):
+        assemble.find_data(large, HERE)
+    with pytest.raises(ValueError, match="--cache would hold 60000 images of 64 px"):
+        assemble.find_data(Settings.of("toy", toy_images=60_000), HERE)

@@ -51,6 +51,18 @@ WRONG = {
     "odd axes": (["--rope_axes", "8,8"], "three even numbers"),
     "stage 1 end to end": (["--end_to_end", "--stage", "1"], "drop --stage 1"),
     "stage 1 from elsewhere": (["--stage", "1", "--stage1_from", "x"], "drop --stage 1"),
+    "not a whole number": (["--batch", "many"], "invalid int value: 'many'"),
+    "an empty batch": (["--batch", "0"], "--batch 0: must be at least 1"),
+    "negative steps": (["--stage1_steps", "-1"], "must be at least 1"),
+    "a mistyped denoiser": (["--denoiser", "perciever"], "did you mean perceiver?"),
+    "an odd Perceiver": (["--denoiser", "perceiver", "--heads", "7"], "4 and of --heads 7"),
+    "negative latents": (["--denoiser", "perceiver", "--learnt_latents", "-1"], "at least 0"),
+    "masks upside down": (
+        ["--denoiser", "perceiver", "--mask_from", "0.9", "--mask_to", "0.5"],
+        "from ≤ to",
+    ),
+    "the flow's": (["--denoiser", "perceiver", "--time_scale", "5"], "is of the flow denoiser"),
+    "words for axes": (["--rope_axes", "a,b,c"], "expected three numbers"),
     # paths
     "no such data": (["--data", "{here}/nowhere"], "no folder and no file"),
     "an empty folder": (["--data", "{here}"], "is empty"),
@@ -58,19 +70,17 @@ WRONG = {
     "no VAE": ([*FULL, "--data", TOY], "--vae is missing"),
     "no VQ-GAN": ([*PERCEIVER, "--data", TOY], "--vqgan is missing"),
     "no such VAE": (["--vae", "gone.safetensors"], "no file gone.safetensors"),
+    "no such VQ-GAN": (["--denoiser", "perceiver", "--vqgan", "gone.ckpt"], "no file gone.ckpt"),
     "no such CLIP": (["--clip", "gone.safetensors"], "gone.safetensors is missing"),
     # runs
     "stage 2 without stage 1": (["--stage", "2"], "stage 2 needs stage 1"),
     "no such other run": (["--stage1_from", "{here}/nowhere"], "holds no checkpoint"),
-    "no TensorBoard": (["--tensorboard"], "pip install tensorboard"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_refused_at_once_in_one_line_with_nothing_written(tmp_path, case):
     flags, words = WRONG[case]
-    if case == "no TensorBoard" and preflight.importlib.util.find_spec("tensorboard"):
-        pytest.skip("it is installed")
     here = tmp_path / "here"
     here.mkdir()
     flags = [flag.format(here=here) for flag in flags]
@@ -127,6 +137,14 @@ def test_what_is_not_finished(straight, tmp_path):
 
 def contents(run):
     return {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+
+
+def test_a_missing_tensorboard_is_said(monkeypatch, tmp_path):
+    settings = Settings.of("toy", tensorboard=True, runs=str(tmp_path))
+    preflight.preflight(settings, ranks=1)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tensorboard: not installed; pip install tensorboard"):
+        preflight.preflight(settings, ranks=1)
 
 
 def test_preflight_needs_no_pytorch():

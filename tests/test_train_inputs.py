@@ -171,15 +171,8 @@ def test_the_enhanced_model_leaves_for_transformers(straight, tmp_path):
 
 
 DISCRETE = ["--denoiser", "perceiver"]
-WRONG = {
-    "missing folder": (["--data", "/nowhere"], "no folder and no file /nowhere"),
-    "mistyped flag": (["--blokcs", "3"], "did you mean --blocks"),
-    "mistyped preset": (["--preset", "tyo"], "invalid choice: 'tyo'"),
-    "not a number": (["--batch", "many"], "invalid int value"),
-    "missing CLIP": (["--clip", "gone.safetensors"], "is missing"),
-    "missing VAE": (["--vae", "gone.safetensors"], "no file gone.safetensors"),
+WRONG = {  # what only the weights can tell; all else is in test_preflight.py
     "CLIP given as VAE": (["--vae", str(world.TOY_DIR / "clip.safetensors")], "does not fit"),
-    "missing VQ-GAN": ([*DISCRETE, "--vqgan", "gone.ckpt"], "no file gone.ckpt"),
     "VAE given as VQ-GAN": (
         [*DISCRETE, "--vqgan", str(world.TOY_DIR / "vae.safetensors")],
         "does not fit",
@@ -188,22 +181,7 @@ WRONG = {
         ["--vae", str(world.TOY_DIR / "vqgan.safetensors")],
         "is of another kind",
     ),
-    "bad mask range": ([*DISCRETE, "--mask_from", "0.9", "--mask_to", "0.5"], "from ≤ to"),
-    "flow's flag": ([*DISCRETE, "--time_scale", "5"], "--time_scale is of the flow denoiser"),
-    "Perceiver's flag": (["--mask_to", "0.8"], "add --denoiser perceiver"),
-    "odd Perceiver": ([*DISCRETE, "--heads", "7"], "a multiple of 4 and of --heads 7"),
-    "negative latents": ([*DISCRETE, "--learnt_latents", "-1"], "--learnt_latents -1"),
-    "mistyped denoiser": (["--denoiser", "perciever"], "invalid choice: 'perciever'"),
-    "bad RoPE": (["--rope_axes", "8,8"], "three even numbers"),
-    "words for RoPE": (["--rope_axes", "a,b,c"], "expected three numbers"),
-    "bad ratio": (["--local_ratio", "200"], "must be at most 100"),
-    "bad scale": (["--time_scale", "0"], "must be above 0"),
-    "uneven batch": (["--batch", "10", "--micro_batch", "4"], "no multiple"),
-    "stage 2 without stage 1": (["--stage", "2"], "needs stage 1"),
-    "no such other run": (["--stage1_from", "/nowhere"], "holds no checkpoint"),
-    "end to end stage 1": (["--end_to_end", "--stage", "1"], "has no stage 1"),
-    "zero batch": (["--batch", "0"], "at least 1"),
-    "negative steps": (["--stage1_steps", "-1"], "at least 1"),
+    "no such weights": (["--clip", "ViT-B-32:nowhere.pt"], "no weights file"),
 }
 
 

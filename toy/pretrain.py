@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from tqdm import trange
 
 from evaluation.encoder import WordTokenizer, load_encoders
+from evaluation.reconstruction import psnr
 from evaluation.scoring import score
 from pretrained.autoencoders import (
     VAE,
@@ -212,11 +213,6 @@ def descend(module, optimizer, loss: torch.Tensor, bar) -> None:
     bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
 
 
-def psnr(reconstruction: torch.Tensor, images: torch.Tensor) -> float:
-    """Peak signal to noise in dB; the peak of [-1, 1] is 2."""
-    return 10 * float(np.log10(4 / F.mse_loss(reconstruction, images).item()))
-
-
 def pretrain_vae(s: Settings, pixels: torch.Tensor) -> tuple[VAE, dict]:
     """Reconstruction with a light KL term; then the shift and scale that make latents unit-sized.
 
@@ -244,7 +240,7 @@ def pretrain_vae(s: Settings, pixels: torch.Tensor) -> tuple[VAE, dict]:
         reconstruction = vae.decoder(mean)
     vae.config = replace(TOY_VAE, shift=float(sample.mean()), scale=float(1 / sample.std()))
     return vae, {
-        "psnr_db": psnr(reconstruction, images),
+        "psnr_db": psnr(reconstruction / 2 + 0.5, images / 2 + 0.5),  # in [0, 1]
         "posterior_std": torch.exp(0.5 * log_variance).mean().item(),
     }
 
@@ -330,7 +326,7 @@ def pretrain_vqgan(s: Settings, pixels: torch.Tensor, vae: VAE) -> tuple[VQGAN, 
         indices = vqgan.indices(images)  # (512, N)
         share = torch.bincount(indices.flatten(), minlength=s.codes) / indices.numel()  # (K,)
         return vqgan, {
-            "psnr_db": psnr(vqgan.decode(indices), images),
+            "psnr_db": psnr(vqgan.decode(indices) / 2 + 0.5, images / 2 + 0.5),
             "codes": s.codes,
             "perplexity": float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum())),
             "dead_codes": int((share == 0).sum()),

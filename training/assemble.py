@@ -22,6 +22,7 @@ from pretrained.autoencoders import VAE, VQGAN, VQGANConfig, load_vae, load_vqga
 from pretrained.backbones import ClipInfo, describe_clip, load_clip
 from pretrained.flux import load_flux
 from settings import TOY_DIR, Settings, settings_of_run
+from toy.world import IMAGE_SIZE as TOY_SIZE
 from toy.world import ToyScenes
 from training import checkpoints as ckpt
 from training.preflight import read_state, require_same
@@ -165,7 +166,8 @@ def fingerprints_of(model: GenHancer, stage: int) -> dict[str, str]:
     if stage == 2 or not model.paradigm.denoiser_learns:
         parts["denoiser"] = model.paradigm.denoiser
     if stage == 2:  # what stage 1 handed over
-        parts |= {n: getattr(model, n) for n in ("project_vector", "project_context")}
+        names = ("project_vector", "project_context", "project_local")
+        parts |= {name: getattr(model, name) for name in names}
     return {name: fingerprint(part) for name, part in parts.items() if part is not None}
 
 
@@ -216,14 +218,20 @@ def make_optimizer(
 
 
 def find_data(settings: Settings, process: Process) -> Dataset:
-    """The pictures, listed and not yet read."""
-    if not settings.data:
-        return ToyScenes(settings.toy_images, seed=seed_of("toy scenes", settings.seed))
+    """The pictures, listed and not yet read. Raises: ValueError for toy scenes that CLIP cannot
+    look at, and for a cache that would be too large."""
     size = describe_clip(settings.clip)[0].image_size
-    how = settings.crop_min, settings.seed, settings.crop_white
-    pictures = Pictures(picture_source(settings, process), size, *how)
+    if settings.data:
+        how = settings.crop_min, settings.seed, settings.crop_white
+        pictures = Pictures(picture_source(settings, process), size, *how)
+    elif size == TOY_SIZE:
+        pictures = ToyScenes(settings.toy_images, seed=seed_of("toy scenes", settings.seed))
+    else:
+        raise ValueError(
+            f"toy scenes have {TOY_SIZE} px, {settings.clip} looks at {size}: give --data"
+        )
     # 50 000 toy scenes with their features are about 2 GB: beyond that a cache is a mistake.
-    if settings.cache and len(pictures) * size**2 > 50_000 * 64**2:
+    if settings.cache and len(pictures) * size**2 > 50_000 * TOY_SIZE**2:
         raise ValueError(f"--cache would hold {len(pictures)} images of {size} px: use --no-cache")
     return pictures
 
