@@ -19,8 +19,9 @@ business. This module imports nothing of this project.
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -166,6 +167,14 @@ def crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
+def as_floats(images: torch.Tensor) -> torch.Tensor:
+    """Pixels of a picture as numbers in [0, 1]: uint8 is divided by 255, floats stay as they are.
+
+    Pictures travel as uint8, from worker to main process and on to the GPU: a quarter of the bytes.
+    """
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
 class Pictures(Dataset):
     """Pictures as {"image": (3, size, size) in [0, 1], "name": str, "unreadable": [names]}.
 
@@ -300,16 +309,19 @@ def collate(items: list[dict]) -> dict:
     return batch
 
 
-def batches(dataset: Dataset, sampler: MicroBatches, workers: int = 0) -> Iterator[dict]:
+def batches(
+    dataset: Dataset, sampler: MicroBatches, workers: int = 0, finish: Callable = dict
+) -> Iterator[dict]:
     """The endless stream of one rank's micro-batches.
 
+    Args: finish: batch → batch, called in the worker that has read it.
     Raises: ValueError where `dataset` did, also from within a worker process.
     """
     loader = DataLoader(
         _Positioned(dataset),
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=partial(_collated, finish),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )
@@ -317,6 +329,11 @@ def batches(dataset: Dataset, sampler: MicroBatches, workers: int = 0) -> Iterat
         if "failed" in batch:
             raise ValueError(batch["failed"])
         yield batch
+
+
+def _collated(finish: Callable, items: list[dict]) -> dict:
+    batch = collate(items)
+    return batch if "failed" in batch else finish(batch)
 
 
 class CachedPictures(Dataset):

@@ -39,6 +39,7 @@ VQ-GAN N tokens, M of them masked, K codes.
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,23 +57,22 @@ from pretrained.backbones import ClipInfo, encode_visual
 # ------------------------------------------------------------------------------------------------
 class Paradigm(nn.Module):
     """A frozen tokenizer and a denoiser. A denoiser that arrives without gradients, as FLUX's
-    published weights do, stays as it is for good: stage 1 then trains the projectors alone.
+    published weights do, stays as it is for good: stage 1 then trains the projectors alone."""
 
-    Args: fp32: keep the tokenizer out of autocast. A VAE's activations grow large enough to hurt in
-        bf16, and a VQ-GAN's rounding to codes would be another one.
-    """
-
-    def __init__(self, tokenizer: VAE | VQGAN, denoiser: nn.Module, fp32: bool):
+    def __init__(self, tokenizer: VAE | VQGAN, denoiser: nn.Module):
         super().__init__()
-        self.tokenizer, self.denoiser, self.fp32 = tokenizer, denoiser, fp32
+        self.tokenizer, self.denoiser = tokenizer, denoiser
         self.denoiser_learns = any(p.requires_grad for p in denoiser.parameters())
 
-    def encode(self, encoder: Callable, images: Tensor):
-        """The tokenizer's `encoder` on images in [0, 1], which it gets in [-1, 1]."""
-        if not self.fp32:
-            return encoder(images * 2 - 1)
-        with torch.autocast(images.device.type, enabled=False):
-            return encoder(images * 2 - 1)
+    def own_precision(self, run: Callable, x: Tensor):
+        """A part of the tokenizer on x, in its weights' precision, outside autocast.
+
+        A VAE's activations grow large enough to hurt in bf16, and a VQ-GAN's rounding to codes
+        would be another one: in bf16 are only tokenizers that were brought to it on purpose.
+        """
+        dtype = next(self.tokenizer.parameters()).dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return run(x.to(dtype) if x.is_floating_point() else x)
 
 
 class Continuous(Paradigm):
@@ -96,9 +96,8 @@ class Continuous(Paradigm):
         *,
         times: tuple[str, float] = ("logit-normal", 1.0),
         sample_posterior: bool = True,
-        fp32: bool = True,
     ):
-        super().__init__(vae, denoiser, fp32)
+        super().__init__(vae, denoiser)
         channels, expected = vae.config.latent_channels, denoiser.config.latent_channels
         token = 2 * vae.config.downsampling  # side in pixels: the denoiser sees 2×2 latents at once
         if channels != expected:
@@ -114,18 +113,13 @@ class Continuous(Paradigm):
         self.latent_shape = (channels, side, side)  # C h w
         self.tokens = (image_size // token) ** 2  # N
         self.context_dim, self.vector_dim = denoiser.config.context_dim, denoiser.config.vector_dim
-
-    def draw(self, generators: list[torch.Generator], shared: torch.Generator) -> dict[str, Tensor]:
-        """t (B,), the noise x̃_0 and the VAE's own sampling noise (B, C, h, w) each."""
-        t = [flow.sample_timesteps(1, *self.times, g) for g in generators]  # Alg. 1, line 6
-        noise = [torch.randn(self.latent_shape, generator=g) for g in generators]
-        posterior = [torch.randn(self.latent_shape, generator=g) for g in generators]
-        return {"t": torch.cat(t), "noise": torch.stack(noise), "posterior": torch.stack(posterior)}
+        self.draw = partial(draw_noise, times=times, shape=self.latent_shape)
 
     def tokenize(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) in [0, 1] → the posterior of x̃_1: "mean" and "log_variance"
         (B, C, h, w)."""
-        moments = self.encode(self.tokenizer.moments, images)  # Alg. 1, line 3
+        # in [-1, 1]; Alg. 1, line 3
+        moments = self.own_precision(self.tokenizer.moments, images * 2 - 1)
         return dict(zip(("mean", "log_variance"), moments, strict=True))
 
     def hide(self, tokens: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,6 +136,16 @@ class Continuous(Paradigm):
         predicted = self.denoiser(task["x_t"], task["t"], context, vector)  # (B, C, h, w)
         per_image = flow.flow_matching_loss(predicted, task["velocity"])  # Eq. (3); Alg. 1, line 7
         return {"per_image": per_image, "level": task["t"]}
+
+
+def draw_noise(
+    generators: list[torch.Generator], shared: torch.Generator, times: tuple, shape: tuple
+) -> dict[str, Tensor]:
+    """t (B,), the noise x̃_0 and the VAE's own sampling noise (B, C, h, w) each."""
+    t = [flow.sample_timesteps(1, *times, g) for g in generators]  # Alg. 1, line 6
+    noise = [torch.randn(shape, generator=g) for g in generators]
+    posterior = [torch.randn(shape, generator=g) for g in generators]
+    return {"t": torch.cat(t), "noise": torch.stack(noise), "posterior": torch.stack(posterior)}
 
 
 class Discrete(Paradigm):
@@ -164,9 +168,8 @@ class Discrete(Paradigm):
         image_size: int,
         *,
         mask_range: tuple[float, float] = (0.5, 0.9),
-        fp32: bool = True,
     ):
-        super().__init__(vqgan, denoiser, fp32)
+        super().__init__(vqgan, denoiser)
         perceiver.check_mask_range(*mask_range)
         v, d = vqgan.config, denoiser.config
         there, here = f"{v.codes} codes of width {v.code_width}", f"{d.codes} of {d.code_width}"
@@ -176,16 +179,12 @@ class Discrete(Paradigm):
         if image_size != d.side * v.downsampling:
             raise ValueError(f"images of {image_size} px are no grid of {grid}")
         self.mask_range, self.tokens, self.context_dim = mask_range, d.side**2, d.width
-
-    def draw(self, generators: list[torch.Generator], shared: torch.Generator) -> dict[str, Tensor]:
-        """A permutation of the tokens per image (B, N), and one M () for the whole batch."""
-        orders = [torch.randperm(self.tokens, generator=g) for g in generators]
-        count = perceiver.draw_masked_count(self.tokens, *self.mask_range, shared)
-        return {"order": torch.stack(orders), "count": torch.tensor(count)}
+        self.draw = partial(draw_masks, tokens=self.tokens, mask_range=mask_range)
 
     def tokenize(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) in [0, 1] → "indices" s (B, N)."""
-        return {"indices": self.encode(self.tokenizer.indices, images)}  # Alg. 2, line 3
+        # in [-1, 1]; Alg. 2, line 3
+        return {"indices": self.own_precision(self.tokenizer.indices, images * 2 - 1)}
 
     def codes(self, indices: Tensor) -> Tensor:
         """x̃: the codebook rows of indices (B, N) → (B, N, E), brought to zero mean, unit variance.
@@ -213,6 +212,15 @@ class Discrete(Paradigm):
         per_image, accuracy = perceiver.masked_cross_entropy(logits, task["indices"], masked)
         level = torch.full_like(per_image, masked.shape[1] / self.tokens).detach()
         return {"per_image": per_image, "level": level, "accuracy": accuracy}
+
+
+def draw_masks(
+    generators: list[torch.Generator], shared: torch.Generator, tokens: int, mask_range: tuple
+) -> dict[str, Tensor]:
+    """A permutation of the tokens per image (B, N), and one M () for the whole batch."""
+    orders = [torch.randperm(tokens, generator=g) for g in generators]
+    count = perceiver.draw_masked_count(tokens, *mask_range, shared)
+    return {"order": torch.stack(orders), "count": torch.tensor(count)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -407,16 +415,16 @@ class GenHancer(nn.Module):
         it lands in, and a resumed run needs no generator states. `shared` decides what all images
         have in common; pieces of one batch must each be given it in the same state.
         """
-        draws = self.paradigm.draw(generators, shared)
-        if self.local_ratio:
-            orders = [torch.randperm(self.patch_tokens, generator=g) for g in generators]
-            draws["local_order"] = torch.stack(orders)  # (B, P)
-        return draws
+        return self.dice()(generators, shared)
+
+    def dice(self) -> Callable:
+        """`draw` without the model, for processes that have none."""
+        return partial(draw_all, self.paradigm.draw, self.patch_tokens if self.local_ratio else 0)
 
     def draw_from(self, seeds: list[int], device: torch.device) -> dict[str, Tensor]:
         """`draw` for B images from B + 1 seeds, the first of which they share."""
         shared, *own = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return {name: value.to(device) for name, value in self.draw(own, shared).items()}
+        return on_device(self.draw(own, shared), device)
 
     # -- what no training changes ----------------------------------------------------------------
     @torch.no_grad()
@@ -451,3 +459,21 @@ class GenHancer(nn.Module):
             "denoiser": asdict(self.paradigm.denoiser.config),
             "local_ratio": self.local_ratio,
         }
+
+
+def draw_all(
+    draw: Callable, patch_tokens: int, generators: list[torch.Generator], shared: torch.Generator
+) -> dict[str, Tensor]:
+    """What a paradigm draws and, of `patch_tokens` where local tokens join the condition, the order
+    (B, P) in which they are taken."""
+    draws = draw(generators, shared)
+    if patch_tokens:
+        orders = [torch.randperm(patch_tokens, generator=g) for g in generators]
+        draws["local_order"] = torch.stack(orders)  # (B, P)
+    return draws
+
+
+def on_device(draws: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Draws where they are needed. A count stays on the CPU: it decides a shape, and a GPU would
+    have to be waited for."""
+    return {k: v if v.ndim == 0 else v.to(device, non_blocking=True) for k, v in draws.items()}

@@ -82,8 +82,6 @@ class Settings:
     denoiser: str = setting("flow", choices=("flow", "perceiver"), first=True)
     """continuous: 'flow' on VAE latents; discrete: masked 'perceiver' on VQ-GAN indices"""
     # -- what others trained
-    # A VAE's activations are large enough to hurt in bf16, and rounding to codes would be another
-    # one: both stay in float32 unless memory says otherwise.
     clip: str = setting("ViT-L-14-quickgelu:openai", free=True, first=True)
     """CLIP: NAME:TAG of open_clip, FILE.safetensors or FOLDER"""
     vae: str = setting("", only="flow", free=True, first=True)
@@ -95,8 +93,10 @@ class Settings:
     """VQ-GAN weights, taming's f16 for the full size (safetensors or ckpt)"""
     posterior: bool = setting(True, only="flow")
     """sample the VAE posterior (official code); --no-posterior takes its mean"""
-    vae_fp32: bool = setting(True)
-    """run the VAE or VQ-GAN in float32 even under bf16"""
+    # A VAE's activations grow large enough to hurt in bf16, and a VQ-GAN's rounding to codes would
+    # be another one (benchmarks/tokenizer_dtype.md).
+    tokenizer_dtype: str = setting("fp32", choices=("fp32", "bf16"))
+    """run the VAE or VQ-GAN in float32, or in bf16 at half the memory traffic"""
     # -- the condition (Key Point #1)
     # Patch tokens make the denoiser's task easy and leave [CLS] nothing to learn.
     local_ratio: float = setting(0.0, at_least=0, at_most=100)
@@ -185,12 +185,19 @@ class Settings:
     """AdamW's weight decay"""
     clip_grad: float = setting(1.0, above=0)
     """largest gradient norm"""
-    zero: bool = setting(False, free=True)
-    """share AdamW's moments out among the ranks (ZeRO stage 1); the same numbers"""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16"))
     """autocast; auto: bf16 on GPUs that have it, float32 on the CPU"""
     seed: int = setting(0, at_least=0, first=True)
     """seed of everything"""
+    # -- memory and speed
+    shard: bool = setting(False, free=True)
+    """share weights, gradients and moments of what learns out among the ranks (FSDP2)"""
+    frozen_dtype: str = setting("auto", choices=("auto", "fp32", "bf16"), free=True)
+    """keep the matrices of frozen CLIP and denoiser as bf16, which autocast would make of them at
+    each pass: the same numbers; auto: on a GPU under bf16"""
+    compile: bool = setting(False, free=True)
+    """compile the blocks of tower and denoiser: a minute at the start, then faster steps; another
+    rounding"""
     # -- before the run
     plan: bool = setting(False, free=True, first=True)
     """print parameters, memory and FLOPs of the run instead of starting it"""
@@ -203,8 +210,11 @@ class Settings:
     """steps per line of metrics.jsonl"""
     sample_every: int = setting(5_000, at_least=1, free=True)
     """steps between sample grids"""
-    save_every: int = setting(1_000, at_least=1, free=True)
+    # A checkpoint of the full stage 1 is 16 GB, one of stage 2 a thousandth of that.
+    save_every: int = setting(10_000, at_least=1, free=True)
     """steps between checkpoints"""
+    save_minutes: float = setting(20.0, above=0, free=True)
+    """minutes after which the next log line is followed by a checkpoint too"""
     keep: int = setting(2, at_least=1, free=True)
     """checkpoints to keep per stage"""
     tensorboard: bool = setting(False, free=True)

@@ -18,7 +18,6 @@ around a loop (processes, assembly, stages, checkpoints, log) is in training/.
 Order: the command line → one step → the loop → the same in memory → the command.
 """
 
-import contextlib
 import math
 import os
 import time
@@ -61,20 +60,22 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from genhancer import GenHancer
+from data import as_floats
+from genhancer import GenHancer, on_device
 from training import assemble, runlog
 from training import checkpoints as ckpt
 from training.assemble import seed_of
 from training.enhanced import write_enhanced
 from training.process import (
     Process,
+    accumulating,
+    clear_gradients,
     ending_well,
-    in_parallel,
     start_process,
     union_over_ranks,
-    wait_for_all,
 )
-from training.stages import Stage, begin, begin_or_resume
+from training.sharding import whole
+from training.stages import Stage, begin, begin_or_resume, finish_writing, overdue, save
 
 
 # ------------------------------------------------------------------------------------------------
@@ -95,49 +96,34 @@ def train_step(stage: Stage, pieces: list[dict], measure_drift: bool = False) ->
     process, loss, found = stage.process, 0.0, []
     set_learning_rates(stage)
     for piece, batch in enumerate(pieces):
-        images, draws, cached = on_device(batch, stage)
+        images, draws, cached = inputs_of(batch, process.device)
         key = stage.number, stage.done, piece, process.rank
         torch.manual_seed(seed_of("dropout", stage.settings.seed, *key))
-        # The ranks exchange gradients once a step, on its last piece.
-        last = process.ranks == 1 or piece == len(pieces) - 1
-        with contextlib.nullcontext() if last else stage.learner.no_sync():
+        with accumulating(stage.learner, last=piece == len(pieces) - 1):
             with torch.autocast(process.device.type, torch.bfloat16, process.autocast):
                 result = stage.learner(images, draws, cached, measure_drift)
             (result["loss"] / len(pieces)).backward()
         loss = loss + result.pop("loss").detach() / len(pieces)
         found.append(result)
     # After the exchange all ranks hold the same gradient, hence the same norm and the same verdict:
-    # either all go on or all stop.
-    norm = torch.nn.utils.clip_grad_norm_(stage.learning, stage.settings.clip_grad)
-    loss, norm = float(loss), float(norm)
+    # either all go on or all stop. Here, once a step, the CPU waits for the GPU.
+    norm = whole(torch.nn.utils.clip_grad_norm_(stage.learning, stage.settings.clip_grad))
+    loss, norm = torch.stack([loss.double(), norm.double()]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise ValueError(not_finite(stage, loss, norm, [n for b in pieces for n in b["name"]]))
     stage.optimizer.step()  # Alg. 1, lines 7 and 16; Alg. 2, lines 6 and 14
-    stage.optimizer.zero_grad(set_to_none=True)
+    clear_gradients(stage.learner, stage.optimizer)
     stage.done += 1
     lr = stage.optimizer.param_groups[0]["lr"]
     per_image = {key: torch.cat([result[key] for result in found]) for key in found[0]}
     return {"loss": loss, "gradient_norm": norm, "lr": lr, **per_image}
 
 
-def on_device(batch: dict, stage: Stage) -> tuple[torch.Tensor, dict, dict | None]:
-    """Images (B, 3, H, W), their randomness, and what was computed of them before the run.
-
-    Noise, t and masks belong to the image, the number of masked tokens to the step: however many
-    ranks and pieces there are. What is left to chance is LoRA's dropout.
-    """
-
-    def move(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {k: v.to(stage.process.device, non_blocking=True) for k, v in tensors.items()}
-
-    seed, number = stage.settings.seed, stage.number
-    own = [
-        torch.Generator().manual_seed(seed_of("image", seed, number, p)) for p in batch["position"]
-    ]
-    common = torch.Generator().manual_seed(seed_of("masked count", seed, number, stage.done))
-    draws = stage.model.draw(own, common)
-    images = move({"image": batch["image"]})["image"]
-    return images, move(draws), move(batch["cached"]) if "cached" in batch else None
+def inputs_of(batch: dict, device: torch.device) -> tuple[torch.Tensor, dict, dict | None]:
+    """Images (B, 3, H, W), their randomness, and what was computed of them before the run."""
+    images = as_floats(batch["image"].to(device, non_blocking=True))
+    cached = on_device(batch["cached"], device) if "cached" in batch else None
+    return images, on_device(batch["draws"], device), cached
 
 
 def set_learning_rates(stage: Stage) -> None:
@@ -170,7 +156,6 @@ def run_stage(
     The two stages share every line; they differ in who requires a gradient.
     """
     stage = begin_or_resume(number, model, len(dataset), settings, process)
-    stage.learner = in_parallel(model, process)
     if settings.tensorboard and process.is_main:
         stage.board = runlog.open_board(stage.folder.parent, number, stage.done)
     steps, first, started = settings.steps(number), stage.done, time.time()
@@ -184,7 +169,7 @@ def run_stage(
     for pieces in islice(stage.global_batches(dataset), max(0, steps - first)):
         logging = due(stage.done + 1, settings.log_every)
         metrics = train_step(stage, pieces, measure_drift=logging)
-        stage.window.add(metrics, process)
+        stage.window.add(metrics)
         stage.unsaid.update(*(names for batch in pieces for names in batch["unreadable"]))
 
         speed = (stage.done - first) * settings.batch / (time.time() - started)
@@ -192,6 +177,8 @@ def run_stage(
         bar.set_postfix(loss=loss, images_per_s=f"{speed:.0f}", refresh=False)
         bar.update()
         saving = due(stage.done, settings.save_every)
+        if logging:
+            saving = saving or overdue(stage)
         if logging or saving:
             agree_on_unreadable(stage, len(dataset), bar)
         if logging:
@@ -200,9 +187,11 @@ def run_stage(
         # which the next start removes (`trim_metrics`), never one too few.
         if saving:
             save(stage)
-        if process.is_main and due(stage.done, settings.sample_every):
+        if due(stage.done, settings.sample_every):
             picture = stage.folder.parent / "samples" / f"stage{number}_step{stage.done:06d}.png"
-            runlog.draw_samples(model, dataset, picture, process.device)
+            if process.is_main or settings.shard:
+                runlog.draw_samples(model, dataset, picture, process)
+    finish_writing(stage)
     bar.close()
 
 
@@ -226,6 +215,7 @@ def agree_on_unreadable(stage: Stage, pictures: int, bar: tqdm) -> None:
 def write_line(stage: Stage, lr: float, speed: float) -> None:
     """A line of metrics.jsonl, and a new window."""
     codes = getattr(stage.model.paradigm.tokenizer.config, "codes", None)  # K; None: continuous
+    stage.window.gather()
     line = {
         "stage": stage.number,
         "step": stage.done,
@@ -236,21 +226,9 @@ def write_line(stage: Stage, lr: float, speed: float) -> None:
         "memory_gb": round(runlog.memory_gb(stage.process.device), 2),
         "unreadable": len(stage.unreadable),
     }
-    stage.window = runlog.Window(stage.model.paradigm.level)
+    stage.window = runlog.Window(stage.model.paradigm.level, stage.process)
     if stage.process.is_main:
         runlog.append_metrics(stage.folder.parent / "metrics.jsonl", line, stage.board)
-
-
-def save(stage: Stage) -> None:
-    """A checkpoint, written by the main process while the others wait."""
-    if hasattr(stage.optimizer, "consolidate_state_dict"):  # ZeRO: collect the shares of all ranks
-        stage.optimizer.consolidate_state_dict(to=0)
-    if stage.process.is_main:
-        traces = {"window": stage.window.state(), "unreadable": sorted(stage.unreadable)}
-        state, trained = {**stage.agreed, **traces}, ckpt.trainable(stage.model)
-        moments = stage.optimizer.state_dict()  # AdamW's two per number
-        ckpt.save_checkpoint(stage.folder, stage.done, trained, moments, state, stage.settings.keep)
-    wait_for_all(stage.process)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -300,14 +278,17 @@ def main(settings: Settings) -> None:
         # the pictures.
         pictures = assemble.find_data(settings, process)  # no captions
         check_run(settings, len(pictures))
-        clip, model = assemble.build_model(settings, process)
+        _, model = assemble.build_model(settings, process)
         assemble.warn_of_toy_tokenizer(settings, model, pictures, process)
         dataset = assemble.hold(pictures, model, process) if settings.cache else pictures
         for number in stages_of(settings):
+            if model is None:
+                _, model = assemble.build_model(settings, process)
             run_stage(number, model, dataset, settings, process)
+            model = None  # with its gradients, moments and hooks; the next stage reads what it left
         if 2 in stages_of(settings) and process.is_main:
             run = run_directory(settings)
-            write_enhanced(clip, model, settings, run)
+            write_enhanced(*assemble.load_run(run), settings, run)
             print(f"enhanced model: {run / 'enhanced'}")
 
 

@@ -88,7 +88,8 @@ def _latent(paradigm, moments: dict[str, Tensor]) -> Tensor:
 
 def _decode(paradigm, tokens: Tensor) -> Tensor:
     """The tokenizer's decoder, from [-1, 1] back to [0, 1]."""
-    return (paradigm.tokenizer.decode(tokens).float() / 2 + 0.5).clamp(0, 1)
+    images = paradigm.own_precision(paradigm.tokenizer.decode, tokens)
+    return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
 def _continuous(paradigm, images: Tensor, draws: dict, told: tuple, how: dict) -> dict[str, Row]:

@@ -63,7 +63,7 @@ def world(tmp_path_factory):
 
     code, text = command(f"{FAST} --name done", names)
     assert code == 0, text
-    for name, victim in (("damaged", "trained.safetensors"), ("halved", "optimizer.pt")):
+    for name, victim in (("damaged", "trained.safetensors"), ("halved", "moments.safetensors")):
         shutil.copytree(here / "runs" / "done", here / "runs" / name)
         (here / "runs" / name / "enhanced" / "README.md").unlink()  # else it is finished
         file = here / "runs" / name / "stage2" / "step_00000002" / victim
@@ -160,7 +160,7 @@ TABLE = [
     (FAST + "--name done --stage2_steps 3", "in its settings"),
     (FAST + "--name done --lora_rank 3", "lora_rank: 16 → 3"),
     (FAST + "--name damaged", "is damaged"),
-    (FAST + "--name halved", "optimizer.pt cannot be read"),
+    (FAST + "--name halved", "moments.safetensors is damaged"),
     (FAST.replace("{runs}", "{here}/file") + "--name x", "file"),
     ("train.py --plan --preset openai-l14-224 --gpus 7", "no multiple of --gpus 7"),
     # evaluation

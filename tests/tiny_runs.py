@@ -66,8 +66,9 @@ def metrics(run):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-def tensors(run, stage):
-    return load_file(ckpt.checkpoints_in(run / f"stage{stage}")[-1] / "trained.safetensors")
+def tensors(run, stage, what="trained"):
+    """Of a stage's newest checkpoint: what was trained, or AdamW's "moments"."""
+    return load_file(ckpt.checkpoints_in(run / f"stage{stage}")[-1] / f"{what}.safetensors")
 
 
 def equal(a, b):

@@ -167,7 +167,7 @@ def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def static_memory(model: GenHancer, ranks: int, zero: bool) -> dict[str, int]:
+def static_memory(model: GenHancer, ranks: int, shard: bool) -> dict[str, int]:
     """Weights, gradients and moments on one rank (AdamW keeps two numbers a parameter)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -176,7 +176,7 @@ def static_memory(model: GenHancer, ranks: int, zero: bool) -> dict[str, int]:
         "frozen weights": bytes_of(frozen),
         "trainable weights": bytes_of(trainable),
         "gradients": bytes_of(trainable),
-        "moments of AdamW": math.ceil(moments / ranks) if zero else moments,
+        "moments of AdamW": math.ceil(moments / ranks) if shard else moments,
     }
 
 
@@ -224,11 +224,11 @@ class Flops(TorchDispatchMode):
 
 def on_meta(model: GenHancer, run):
     """`run()` of a model on the meta device, which knows no autocast that could be left."""
-    precision, model.paradigm.fp32 = model.paradigm.fp32, False
+    model.paradigm.own_precision = lambda part, x: part(x)
     try:
         return run()
     finally:
-        model.paradigm.fp32 = precision
+        del model.paradigm.own_precision
 
 
 def flops_per_image(model: GenHancer) -> float:
@@ -280,7 +280,7 @@ def make_plan(settings: Settings, ranks: int, device: str) -> Plan:
         plan.stages[stage] = StagePlan(
             settings.steps(stage),
             trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            memory=static_memory(model, ranks, settings.zero),
+            memory=static_memory(model, ranks, settings.shard),
             flops=flops_per_image(model),
         )
     with torch.no_grad(), matrix_attention():
@@ -310,7 +310,7 @@ def report(plan: Plan) -> str:
     s, gb = plan.settings, 1e9
     micro = s.micro(plan.ranks)
     devices = f"{plan.ranks} GPUs, bf16 autocast" if plan.device == "cuda" else "CPU, float32"
-    sharding = ", ZeRO stage 1" if s.zero and plan.ranks > 1 else ""
+    sharding = ", ZeRO stage 1" if s.shard and plan.ranks > 1 else ""
     lines = [
         f"plan of preset {s.preset}: {s.clip}, denoiser {s.denoiser}; {devices}{sharding}",
         f"  image {plan.tokens} tokens for the denoiser, {plan.patch_tokens} patches and a global "
@@ -340,9 +340,9 @@ def report(plan: Plan) -> str:
         lines.append(f"      {'together':30}{total / gb:9.3f} GB")
         if plan.device == "cuda" and plan.ranks > 1:
             moments, trained = stage.memory["moments of AdamW"], stage.memory["trainable weights"]
-            other = total - moments + 2 * trained / (1 if s.zero else plan.ranks)
+            other = total - moments + 2 * trained / (1 if s.shard else plan.ranks)
             lines.append(
-                f"      {'without' if s.zero else 'with'} --zero{'':{19 if s.zero else 22}}"
+                f"      {'without' if s.shard else 'with'} --shard{'':{19 if s.shard else 22}}"
                 f"{other / gb:9.3f} GB"
             )
     lines.append(f"  enhanced model {plan.enhanced / gb:.3f} GB")

@@ -13,11 +13,12 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.cli import with_rank
@@ -70,7 +71,8 @@ def start_process(precision: str) -> Process:
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     # bf16 keeps float32's range, so no loss scaling is needed. CPUs without bf16 units emulate it,
     # a hundred times slower than float32 where we measured: "auto" never picks it there.
-    supported = cuda and torch.cuda.is_bf16_supported()
+    # (A GPU without them claims support by emulation, unless asked about its own.)
+    supported = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = precision == "bf16" or (precision == "auto" and supported)
     return Process(rank, ranks, device, bf16)
 
@@ -79,9 +81,10 @@ def start_process(precision: str) -> Process:
 def ending_well(process: Process, saved: str) -> Iterator[None]:
     """Around a run: a lost peer becomes one line that says what is `saved`, and the process group
     is left whatever happens."""
+    goes_on = f"{saved}, and torchrun --max-restarts 3 would do that by itself"
     line = (
         "another process of this run has died (or torchrun was told to stop), so this one stops "
-        f"too; {saved}, and torchrun --max-restarts 3 would do that by itself"
+        f"too; {goes_on}"
     )
     if process.ranks > 1:
         say_on_sigterm(line)
@@ -92,7 +95,12 @@ def ending_well(process: Process, saved: str) -> Iterator[None]:
         # --max-restarts it starts all again, from the newest checkpoint.
         if not dist.is_initialized() or not LOST_PEER.search(str(error)):
             raise
-        raise ConnectionError(line) from None
+        # A lost peer is the usual reason, and not the only one: PyTorch's own words say which.
+        said = " ".join(str(error).split())
+        raise ConnectionError(
+            f"the processes of this run lost each other, as when one of them dies; {goes_on}. "
+            f"What the connection says: {said}"
+        ) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -109,16 +117,49 @@ def say_on_sigterm(line: str) -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def in_parallel(model: torch.nn.Module, process: Process) -> torch.nn.Module:
+# ------------------------------------------------------------------------------------------------
+# Many processes, one model
+# ------------------------------------------------------------------------------------------------
+def in_parallel(model: nn.Module, process: Process) -> nn.Module:
     """The model under DDP, which averages gradients over the ranks while backward runs; the model
-    itself where there is only one."""
+    itself where there is only one. Who learns must be settled before."""
     if process.ranks == 1:
         return model
     # Parameters that do not train have no gradients to average, and buffers never change, so
     # neither is sent. (Newer PyTorch warns that the flag was renamed; the new name sends them once
-    # more.) Gradients live in DDP's own buckets: one copy, not two.
+    # more.)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    # Gradients live in DDP's own buckets: one copy, not two. It takes over those that exist
+    # already; were there none, those of the first accumulated piece would lie beside its buckets.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def accumulating(learner: nn.Module, last: bool):
+    """Around a forward and backward pass. DDP exchanges gradients once a step, on its last piece;
+    FSDP on every piece, so that a whole gradient never exists."""
+    if last or not isinstance(learner, DistributedDataParallel):
+        return nullcontext()
+    return learner.no_sync()
+
+
+def clear_gradients(learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """DDP's stay where they are, in its buckets, and are set to zero; all others are let go."""
+    optimizer.zero_grad(set_to_none=not isinstance(learner, DistributedDataParallel))
+
+
+# ------------------------------------------------------------------------------------------------
+# What the processes tell each other
+# ------------------------------------------------------------------------------------------------
+def agreed(value, process: Process):
+    """What the main process says, whatever the others think."""
+    if process.ranks == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def union_over_ranks(items: set[str], process: Process) -> set[str]:

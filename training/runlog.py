@@ -9,6 +9,7 @@ import math
 import platform
 import resource
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data import as_floats
 from evaluation.reconstruction import reconstruct
 from genhancer import GenHancer
 from settings import Settings, of_stage
 from training.process import Process
+from training.sharding import collected
 from util.files import write_atomically
 from util.pictures import sample_grid
 
@@ -31,42 +34,49 @@ class Window:
     """What has been seen since the last line of metrics.jsonl. Saved with every checkpoint, so that
     a resumed run writes the same lines.
 
+    Sums and counts, not means: they can be added over steps and ranks in any split. What this rank
+    has seen stays on its device, where adding to it makes nobody wait, until `gather`.
+
     Args: level: the name of what losses are binned by, "t" or "mask_ratio"; state: `state()` of an
         earlier window, to go on from.
     """
 
-    def __init__(self, level: str, state: dict | None = None):
+    def __init__(self, level: str, process: Process, state: dict | None = None):
         state = state or {"per_bin": np.zeros((3, BINS)), "drift": np.zeros(2), "norm": np.zeros(2)}
-        self.level = level
+        self.level, self.process = level, process
         self.per_bin = np.array(state["per_bin"])  # sums of loss and right guesses, and the count
         self.drift = np.array(state["drift"])  # its sum, and the count
         self.norm = np.array(state["norm"])  # of the gradient: its sum over steps, and their count
+        self._clear()
+
+    def _clear(self) -> None:
+        how = {"dtype": torch.float64, "device": self.process.device}
+        self._per_bin_here, self._drift_here = torch.zeros(3, BINS, **how), torch.zeros(2, **how)
 
     def state(self) -> dict:
-        """As JSON has it."""
+        """As JSON has it; of what has been gathered."""
         return {name: getattr(self, name).tolist() for name in ("per_bin", "drift", "norm")}
 
-    def add(self, result: dict, process: Process) -> None:
-        """Add one step: what `train_step` returned.
-
-        Sums and counts, not means: they can be added over steps and ranks in any split.
-        """
+    def add(self, result: dict) -> None:
+        """Add one step: what `train_step` returned."""
         self.norm += (result["gradient_norm"], 1)
-        bins = (result["level"] * BINS).long().clamp(0, BINS - 1).cpu()  # (B,)
-        losses = result["per_image"].double().cpu()
-        right = result.get("accuracy", torch.zeros_like(losses)).double().cpu()
-        per_bin = torch.zeros(3, BINS, dtype=torch.float64)
-        for row, values in zip(per_bin, (losses, right, torch.ones_like(losses)), strict=True):
-            row.index_add_(0, bins, values)
-        drift = torch.zeros(2, dtype=torch.float64)
+        bins = (result["level"] * BINS).long().clamp(0, BINS - 1)  # (B,)
+        losses = result["per_image"].double()
+        right = result.get("accuracy", torch.zeros_like(losses)).double()
+        for row, values in enumerate((losses, right, torch.ones_like(losses))):
+            self._per_bin_here[row].index_add_(0, bins, values)
         if "drift" in result:
-            drift[0], drift[1] = result["drift"].double().sum().cpu(), len(bins)
-        if process.ranks > 1:
-            together = torch.cat([per_bin.flatten(), drift]).to(process.device)
+            self._drift_here[0] += result["drift"].double().sum()
+            self._drift_here[1] += len(bins)
+
+    def gather(self) -> None:
+        """Add what all ranks have seen since the last time. All must ask."""
+        together = torch.cat([self._per_bin_here.flatten(), self._drift_here])
+        if self.process.ranks > 1:
             dist.all_reduce(together)
-            per_bin, drift = together[:-2].view(3, BINS), together[-2:]
-        self.per_bin += per_bin.cpu().numpy()
-        self.drift += drift.cpu().numpy()
+        seen = together.cpu().numpy()
+        self.per_bin, self.drift = self.per_bin + seen[:-2].reshape(3, BINS), self.drift + seen[-2:]
+        self._clear()
 
     def line(self, codes: int | None = None) -> dict:
         """Means over the window. A bin nothing fell into is null.
@@ -90,15 +100,27 @@ class Window:
         return [float(a / b) if b else None for a, b in zip(sums, count, strict=True)]
 
 
-def draw_samples(model: GenHancer, dataset, path: Path, device: torch.device) -> None:
-    """The sample grid. Run on one rank, on its own generators: it changes nothing of the run."""
+def draw_samples(model: GenHancer, dataset, path: Path, process: Process) -> None:
+    """The sample grid, in the run's precision and on generators of its own: it changes nothing of
+    the run, and cannot end it. All ranks look through a model that is shared out; one writes."""
     count = min(8, len(dataset))
-    images = torch.stack([dataset[(i, 0)]["image"] for i in range(count)]).to(device)
+    images = torch.stack([as_floats(dataset[(i, 0)]["image"]) for i in range(count)])
+    half, kind = process.autocast, process.device.type
     model.eval()
-    with torch.random.fork_rng():  # leave the global generator as the loop expects it
-        rows = reconstruct(model, images)
-        sample_grid({row.label: row.pictures for row in rows.values()}, path)
-    model.train()
+    try:
+        with (
+            torch.random.fork_rng(),  # leave the global generator as the loop expects it
+            collected(model),
+            torch.autocast(kind, torch.bfloat16, enabled=half),
+        ):
+            rows = reconstruct(model, images.to(process.device))
+        if process.is_main:
+            sample_grid({row.label: row.pictures for row in rows.values()}, path)
+    except (RuntimeError, OSError, ValueError) as error:  # too little memory for it, a full disk
+        said = " ".join(str(error).split())[:200]
+        print(f"no sample grid {path}: {type(error).__name__}: {said}", file=sys.stderr)
+    finally:
+        model.train()
 
 
 def append_metrics(path: Path, line: dict, board=None) -> None:

@@ -6,7 +6,9 @@ was trained against (the frozen CLIP, the tokenizer, in stage 2 the denoiser) is
 fingerprint, so that no run goes on with other parts than it began with.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,11 +19,12 @@ from torch import nn
 from data import MicroBatches, Share, batches
 from genhancer import GenHancer
 from settings import Settings, relevant, run_directory
-from training import assemble, runlog
+from training import assemble, runlog, speed
 from training import checkpoints as ckpt
 from training.assemble import seed_of
 from training.preflight import other_run, read_state, require_same
-from training.process import Process
+from training.process import Process, agreed, in_parallel, union_over_ranks
+from training.sharding import shared_out
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Stage:
     number: int
     model: GenHancer
     learner: nn.Module
-    """the model, or the model under DDP"""
+    """the model, or the model under DDP; under FSDP the model itself is shared out"""
     settings: Settings
     process: Process
     optimizer: torch.optim.Optimizer
@@ -43,6 +46,11 @@ class Stage:
     """TensorBoard's writer, if asked for"""
     done: int = 0
     """steps so far"""
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    writing: Future | None = None
+    """the checkpoint under way"""
+    saved_at: float = field(default_factory=time.time)
+    """when the last one was begun"""
     unreadable: set[str] = field(default_factory=set)
     """pictures that no rank could read, so far"""
     unsaid: set[str] = field(default_factory=set)
@@ -60,32 +68,70 @@ class Stage:
 
     def global_batches(self, dataset) -> Iterator[list[dict]]:
         """From the present step on: this rank's pieces of one global batch after the other."""
-        share = shared_out(self.settings, self.process)
+        share = share_of_batch(self.settings, self.process)
         seed = seed_of("order", self.settings.seed, self.number)
         order = MicroBatches(len(dataset), share, seed, start_step=self.done)
-        stream = batches(dataset, order, self.settings.workers)
+        draws = Draws(self.model.dice(), self.settings.seed, self.number, self.settings.batch)
+        stream = batches(dataset, order, self.settings.workers, draws)
         while True:
             yield list(islice(stream, order.accumulation))
 
 
-def shared_out(settings: Settings, process: Process) -> Share:
+@dataclass(frozen=True)
+class Draws:
+    """Puts a batch's randomness beside its images, in the worker process that reads them.
+
+    Noise, t and masks belong to the image, the number of masked tokens to the step: however many
+    ranks, pieces and workers there are. What is left to chance is LoRA's dropout.
+    """
+
+    dice: Callable
+    seed: int
+    stage: int
+    global_batch: int
+
+    def __call__(self, batch: dict) -> dict:
+        positions = batch["position"]
+        own = [seed_of("image", self.seed, self.stage, position) for position in positions]
+        step = positions[0] // self.global_batch
+        common = seed_of("masked count", self.seed, self.stage, step)
+        generators = [torch.Generator().manual_seed(seed) for seed in (*own, common)]
+        return {**batch, "draws": self.dice(generators[:-1], generators[-1])}
+
+
+def share_of_batch(settings: Settings, process: Process) -> Share:
     """This process's part of every global batch."""
     micro = settings.micro(process.ranks)
     return Share(settings.batch, micro, process.rank, process.ranks)
 
 
-def begin(number: int, model: GenHancer, settings: Settings, process: Process) -> Stage:
-    """A stage at step 0, of a model that is ready for it."""
+def begin(
+    number: int,
+    model: GenHancer,
+    settings: Settings,
+    process: Process,
+    checkpoint: Path | None = None,
+) -> Stage:
+    """A stage at step 0, of a model that is ready for it; or as a checkpoint left it."""
     torch.manual_seed(seed_of("LoRA", settings.seed, number))  # A matrices, alike on every rank
     if number == 1:
         model.start_stage1()
     else:
         assemble.start_stage2(model, settings)
     model.train()
+    if checkpoint:
+        ckpt.restore(model, checkpoint)
+    speed.lower_frozen(model, settings, process)
+    if settings.shard and process.ranks > 1:
+        learner = shared_out(model, process, list(speed.blocks_of(model)))
+    else:
+        learner = in_parallel(model, process)
+    if settings.compile:
+        speed.compile_blocks(model)
     groups = assemble.parameter_groups(model, settings, number)  # who learns, and how fast
-    optimizer = assemble.make_optimizer(groups, settings, process)
-    window = runlog.Window(model.paradigm.level)
-    return Stage(number, model, model, settings, process, optimizer, window)
+    optimizer = assemble.make_optimizer(groups, settings)
+    window = runlog.Window(model.paradigm.level, process)
+    return Stage(number, model, learner, settings, process, optimizer, window)
 
 
 def begin_or_resume(
@@ -97,17 +143,20 @@ def begin_or_resume(
     """
     run = run_directory(settings)
     if number == 2 and not settings.end_to_end:
-        take_over_stage1(model, Path(settings.stage1_from or run))
-    fingerprints = assemble.fingerprints_of(model, number)
-    stage = begin(number, model, settings, process)
-    stage.agreed = {
-        "stage": number,
+        take_over_stage1(model, Path(settings.stage1_from or run), process)
+    folder = run / f"stage{number}"
+    mine = {
         "architecture": model.architecture(),
-        "fingerprints": fingerprints,
+        "fingerprints": assemble.fingerprints_of(model, number),
         "settings": {**relevant(settings, number), "images": pictures},
     }
-    if found := ckpt.checkpoints_in(stage.folder):
-        resume(stage, found[-1])
+    newest = newest_for_all(folder, process)
+    if newest:
+        require_same(read_state(newest), mine, other_run(folder))
+    stage = begin(number, model, settings, process, newest)
+    stage.agreed = {"stage": number, **mine}
+    if newest:
+        resume(stage, newest)
     if process.is_main:  # nothing was refused: only now is anything written
         if number == 2 and stage.done < settings.steps(number):
             # The card says that the enhanced model is this run's: from here on it is an older one.
@@ -123,10 +172,30 @@ def begin_or_resume(
     return stage
 
 
-def take_over_stage1(model: GenHancer, run: Path) -> None:
+def newest_for_all(folder: Path, process: Process) -> Path | None:
+    """The newest checkpoint in a folder. The main process decides which it is: on a network drive
+    the others may see an older list, on a disk of their own none at all.
+
+    Raises: ValueError on all ranks where one of them does not see it.
+    """
+    found = ckpt.checkpoints_in(folder)
+    newest = agreed(found[-1] if found else None, process)
+    deadline = time.time() + 30  # a network drive may be late
+    while newest and not newest.is_dir() and time.time() < deadline:
+        time.sleep(0.2)
+    blind = {str(process.rank)} if newest and not newest.is_dir() else set()
+    if blind := union_over_ranks(blind, process):
+        raise ValueError(
+            f"{newest} is there for rank 0 and not for rank {', '.join(sorted(blind))}: --runs "
+            "must be a folder that all machines of the run share"
+        )
+    return newest
+
+
+def take_over_stage1(model: GenHancer, run: Path, process: Process) -> None:
     """Projectors and denoiser as the newest stage 1 of `run` left them. (That there is one was seen
     before anything was loaded.) Raises: ValueError where it does not fit, and why."""
-    newest = ckpt.checkpoints_in(run / "stage1")[-1]
+    newest = newest_for_all(run / "stage1", process)
     # The tower that stage 1 looked through must be the very one that stage 2 adapts: same shape,
     # same weights. A denoiser that learnt to read other features would teach nonsense.
     mine = {"architecture": model.architecture()}
@@ -138,12 +207,47 @@ def take_over_stage1(model: GenHancer, run: Path) -> None:
 
 
 def resume(stage: Stage, checkpoint: Path) -> None:
-    """Weights, moments, and what had been seen since the last line. There are no generator states
-    to restore, and the data's position follows from the step."""
+    """Moments, and what had been seen since the last line. (The weights are there since `begin`.)
+    There are no generator states to restore, and the data's position follows from the step."""
     state = read_state(checkpoint)
-    agreed = {what: stage.agreed[what] for what in ("architecture", "fingerprints", "settings")}
-    require_same(state, agreed, other_run(stage.folder))
-    ckpt.restore(stage.model, checkpoint)
-    stage.optimizer.load_state_dict(ckpt.read_optimizer(checkpoint))  # the moments
+    ckpt.restore_moments(stage.model, stage.optimizer, checkpoint)
     stage.done, stage.unreadable = state["step"], set(state["unreadable"])
-    stage.window = runlog.Window(stage.model.paradigm.level, state["window"])
+    stage.window = runlog.Window(stage.model.paradigm.level, stage.process, state["window"])
+
+
+def save(stage: Stage) -> None:
+    """A checkpoint of the stage as it is now, written while training goes on.
+
+    What the writer gets is a copy on the CPU, so that the next step may change the original. A
+    model that is shared out is too large for a copy on one machine: it is collected and written
+    tensor by tensor while all ranks wait.
+    """
+    finish_writing(stage)
+    stage.saved_at = time.time()
+    stage.window.gather()
+    tensors = {
+        "trained": ckpt.trainable(stage.model),
+        "moments": ckpt.moments(stage.model, stage.optimizer),
+    }
+    traces = {"window": stage.window.state(), "unreadable": sorted(stage.unreadable)}
+    what = stage.folder, stage.done, tensors, {**stage.agreed, **traces}, stage.settings.keep
+    if stage.learner is stage.model and stage.process.ranks > 1:  # shared out
+        ckpt.save_checkpoint(*what, writes=stage.process.is_main)
+    elif stage.process.is_main:
+        for group in tensors.values():
+            for name, tensor in group.items():
+                group[name] = tensor.detach().to("cpu", copy=True)
+        stage.writing = stage.writer.submit(ckpt.save_checkpoint, *what)
+
+
+def overdue(stage: Stage) -> bool:
+    """Whether --save_minutes have passed since the last checkpoint, by the main process's clock."""
+    late = time.time() - stage.saved_at > 60 * stage.settings.save_minutes
+    return agreed(late, stage.process)
+
+
+def finish_writing(stage: Stage) -> None:
+    """Wait for the checkpoint that is being written. Raises: OSError where it could not be."""
+    if stage.writing:
+        stage.writing.result()
+        stage.writing = None

@@ -7,8 +7,10 @@ each.
 """
 
 import hashlib
+import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,6 +46,40 @@ def save_tensors(
     os.chmod(temporary, mode)
     flush(temporary)
     os.replace(temporary, path)
+
+
+# What a file calls the types of numbers that training makes.
+TYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def stream_tensors(
+    tensors: dict[str, Tensor], path: Path | None, whole: Callable[[Tensor], Tensor]
+) -> None:
+    """A safetensors file written one tensor after the other, each fetched as its turn comes: beside
+    the model never more than one of them is in memory.
+
+    The format allows it, because a tensor's place follows from the shapes before it: a length, a
+    header of JSON, then plain numbers. Not atomic: `path` is a new file in a folder that is not yet
+    what it will be.
+
+    Args:
+        path: None: fetch and write nothing, as the other ranks of a run do.
+        whole: gives the tensor to write, of the same shape and type.
+    Raises: KeyError for a type of numbers that is not in `TYPES`.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        about = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**about, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    with open(path or os.devnull, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            full = whole(tensor.detach())
+            if path:
+                file.write(full.cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 def flush(path: Path) -> None:

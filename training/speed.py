@@ -1,0 +1,81 @@
+"""What makes a run smaller or faster and leaves its mathematics alone.
+
+The method's files are written for being read. What a large GPU wants besides, other precisions,
+memory layouts and compiled kernels, is switched on from outside, here.
+
+    --tokenizer_dtype bf16   half the bytes of the tokenizer's forward pass; rounds its latents
+    --frozen_dtype           matrices that do not learn are kept as autocast would make them
+    --compile                kernels of a block joined by the compiler
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from genhancer import GenHancer
+from settings import Settings
+from training.process import Process
+
+# Lists of blocks, by the names that they have in this project, in open_clip and in timm.
+BLOCK_LISTS = ("double_blocks", "single_blocks", "layers", "resblocks", "blocks")
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of the image tower and of the denoiser: where nearly all weights and work are."""
+    for name, part in model.named_modules():
+        if name.rpartition(".")[2] in BLOCK_LISTS and isinstance(
+            part, nn.ModuleList | nn.Sequential
+        ):
+            yield from part
+
+
+def tune_tokenizer(model: GenHancer, settings: Settings, process: Process) -> None:
+    """The tokenizer in its precision and, on a GPU, in the layout that convolutions like there."""
+    tokenizer = model.paradigm.tokenizer
+    if settings.tokenizer_dtype == "bf16":
+        tokenizer.to(torch.bfloat16)
+    if process.device.type == "cuda":
+        tokenizer.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = True  # one size of image: the search is paid for once
+
+
+def lower_frozen(model: GenHancer, settings: Settings, process: Process) -> None:
+    """Keep the matrices that do not learn in bf16.
+
+    Autocast makes a bf16 copy of each such matrix at every pass, and in stage 2 autograd keeps it
+    for the backward one. Kept as bf16 the weights take half the memory, the copies none, and the
+    numbers are the same. Norms, embeddings and biases, which autocast leaves alone or which weigh
+    nothing, stay in float32.
+
+    The model cannot go back: what is written at the end is made from the checkpoint.
+
+    Raises: ValueError where bf16 is asked for in a run that computes in float32.
+    """
+    wanted = settings.frozen_dtype
+    if wanted == "bf16" and not process.autocast:
+        raise ValueError("--frozen_dtype bf16 needs a run in bf16: add --precision bf16")
+    if wanted == "fp32" or not process.autocast or (wanted, process.device.type) == ("auto", "cpu"):
+        return
+    tokenizer = set(model.paradigm.tokenizer.modules())  # it has a precision of its own
+    for module in model.modules():
+        if module in tokenizer:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_matrix(module, name) and not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def is_matrix(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is one that autocast rounds to bf16 wherever it is used."""
+    if isinstance(module, nn.MultiheadAttention):
+        return name.endswith("_proj_weight")
+    return isinstance(module, nn.Linear | nn.Conv2d) and name == "weight"
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile block by block: one compilation serves all blocks of a kind, and what stands between
+    them stays plain Python. (The whole model in one was slower where we measured.) Names of
+    parameters stay as they are."""
+    for block in blocks_of(model):
+        block.compile()
