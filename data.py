@@ -13,13 +13,17 @@ Three promises, because a run that cannot be repeated cannot be believed:
 3. **An unreadable picture never changes the batch size.** The next readable one stands in for it,
    the name is reported, and more than 5 % of them end the run.
 
-Conventions: images leave as float RGB (3, size, size) in [0, 1]; the normalisations are the model's
+Conventions: images leave as uint8 RGB (3, size, size), a quarter of the bytes to send from worker
+to process to GPU; `as_floats` makes [0, 1] of them there. The normalisations are the model's
 business. This module imports nothing of this project.
 """
 
 import io
 import math
-from collections.abc import Callable, Iterator
+import os
+import struct
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,28 +31,64 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision means to give up its decoders; Pillow's pixels are the same
+    decode_jpeg = None
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 # What a damaged picture makes Pillow raise.
-BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
+ORIENTATION = 0x0112  # the EXIF entry that says how the camera was held; 2 to 8: not upright
 Key = tuple[int, int]  # (index in the data set, epoch): what a sampler asks of a data set
 
 
 # ------------------------------------------------------------------------------------------------
 # Files
 # ------------------------------------------------------------------------------------------------
-def find_images(source: str | Path) -> list[Path]:
+class Paths(Sequence):
+    """Many paths below one folder, as one text and the place where each ends.
+
+    A Python list of three million paths takes 1.4 GB, and every worker process copies it as soon as
+    it counts references in it. This takes the text's own bytes and 8 more a path, and workers share
+    them.
+
+    Args: names: relative to `root`; an absolute one stays absolute.
+    """
+
+    def __init__(self, root: Path, names: Iterable[str]):
+        self.root = "" if root == Path() else str(root)
+        self._text, self._ends = bytearray(), array("q")
+        for name in names:
+            self._text += name.encode("utf-8", "surrogateescape")  # any name, UTF-8 or not
+            self._ends.append(len(self._text))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]  # from the end, too; IndexError beyond it
+        first = self._ends[index - 1] if index else 0
+        name = self._text[first : self._ends[index]].decode("utf-8", "surrogateescape")
+        return os.path.join(self.root, name)
+
+
+def find_images(source: str | Path) -> Paths:
     """All images under a folder (sorted, recursive), or those a text file lists, one path a line.
 
-    Relative paths in a list are relative to the list.
+    Relative paths in a list are relative to the list. Of a long list, 100 000 paths spread over it
+    are looked for: asking a network disk three million times would take longer than many a run. One
+    that is missing all the same is replaced and named, as any unreadable picture.
 
     Raises: FileNotFoundError or ValueError, naming what is missing or empty.
     """
     source = Path(source)
     if source.is_dir():
-        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        files = Paths(source, _below(str(source)))
         if not files:
             raise ValueError(
                 f"data: no images ({', '.join(sorted(SUFFIXES))}) anywhere under folder {source}"
@@ -62,16 +102,47 @@ def find_images(source: str | Path) -> list[Path]:
             "file that lists images"
         )
     try:
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+        with open(source, encoding="utf-8") as lines:
+            files = Paths(source.parent, filter(None, map(str.strip, lines)))
     except UnicodeDecodeError:
         raise ValueError(f"data: {source} is not a text file that lists images") from None
-    files = [source.parent / line for line in lines if line]  # an absolute line stays absolute
     if not files:
         raise ValueError(f"data: list {source} is empty")
-    missing = next((f for f in files if not f.is_file()), None)
-    if missing:
-        raise FileNotFoundError(f"data: list {source} names {missing}, which does not exist")
+    for index in range(0, len(files), 1 + len(files) // 100_000):
+        if not os.path.isfile(files[index]):
+            raise FileNotFoundError(
+                f"data: list {source} names {files[index]}, which does not exist"
+            )
     return files
+
+
+def _below(folder: str, prefix: str = "") -> Iterator[str]:
+    """The images under a folder, relative to it, in the order of their paths' parts.
+
+    Folders behind a link are not entered (a link may lead in circles), nor what may not be read.
+    """
+    names = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    names.append(entry.name + "\0")  # "\0" sorts first: "a/x" before "a.jpg"
+                elif _is_image(entry.name) and entry.is_file():
+                    names.append(entry.name)
+    except PermissionError:
+        return
+    names.sort(reverse=True)
+    while names:  # taken off the list, so that a folder of millions is not held twice
+        name = names.pop()
+        if name.endswith("\0"):
+            yield from _below(os.path.join(folder, name[:-1]), f"{prefix}{name[:-1]}/")
+        else:
+            yield prefix + name
+
+
+def _is_image(name: str) -> bool:
+    dot = name.rfind(".")
+    return dot > 0 and name[dot:].lower() in SUFFIXES  # ".jpg" alone is a hidden file
 
 
 class Source(Protocol):
@@ -85,7 +156,7 @@ class Source(Protocol):
 class FileList:
     """Files by number."""
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: Sequence[str | Path]):
         self.files = files
 
     def __len__(self) -> int:
@@ -95,12 +166,35 @@ class FileList:
         return str(self.files[index])
 
     def read(self, index: int) -> bytes:
-        return self.files[index].read_bytes()
+        with open(self.files[index], "rb") as file:
+            return file.read()
 
 
 # ------------------------------------------------------------------------------------------------
 # Pictures
 # ------------------------------------------------------------------------------------------------
+def decode(encoded: bytes) -> torch.Tensor:
+    """Bytes of any picture → upright RGB, uint8 (3, H, W).
+
+    Nearly all pictures are plain JPEGs, and torchvision gives Pillow's very pixels in four fifths
+    of the time: both stand on libjpeg-turbo. What needs more than decoding (turned by EXIF, CMYK,
+    another format), and what torchvision refuses, is Pillow's. Pillow looks at every header, and
+    refuses bombs.
+
+    Raises: one of BROKEN.
+    """
+    with Image.open(io.BytesIO(encoded)) as image:  # reads the header alone
+        plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+        if decode_jpeg and plain and image.getexif().get(ORIENTATION, 1) not in range(2, 9):
+            try:
+                # bytearray: PyTorch warns of memory that must not be written
+                data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+                return decode_jpeg(data, mode=ImageReadMode.RGB)
+            except RuntimeError:
+                pass  # cut or damaged; Pillow says how, or reads it all the same
+    return torch.from_numpy(np.array(load_rgb(io.BytesIO(encoded)))).permute(2, 0, 1)
+
+
 def load_rgb(file: Path | io.BytesIO) -> Image.Image:
     """Decode to upright RGB: EXIF orientation applied, palette, CMYK, grey, alpha and 16 bit
     converted."""
@@ -116,8 +210,9 @@ def load_rgb(file: Path | io.BytesIO) -> Image.Image:
         return image.convert("RGB")
 
 
-def crop_white_bars(image: Image.Image) -> Image.Image:
-    """Cut off the white bars of a letterboxed picture; any other picture comes back as it is.
+def crop_white_bars(image: torch.Tensor) -> torch.Tensor:
+    """Cut off the white bars of a letterboxed picture, uint8 (3, H, W); any other picture comes
+    back as it is.
 
     img2dataset's usual recipe pads to a square. The bars carry no content, yet the denoiser would
     spend a third of its tokens on them and the reconstruction loss would reward CLIP for knowing
@@ -125,35 +220,38 @@ def crop_white_bars(image: Image.Image) -> Image.Image:
     something on white is not a letterbox.
     """
     # 224, not 255: JPEG rings around the edge of a bar.
-    content = np.asarray(image).min(axis=2) < 224  # (H, W): not white
-    box = [0, 0, image.width, image.height]  # left, top, right, bottom
-    for axis, length in ((0, image.width), (1, image.height)):
-        lines = np.flatnonzero(content.any(axis=axis))  # columns, then rows with any content
+    content = (image.numpy() < 224).any(axis=0)  # (H, W): not white
+    cut = [slice(None), slice(None)]  # of rows, of columns
+    for axis in (0, 1):
+        lines = np.flatnonzero(content.any(axis=1 - axis))  # rows, then columns with any content
         if len(lines) == 0:
             return image
-        before, after = int(lines[0]), length - 1 - int(lines[-1])
+        before, after = int(lines[0]), content.shape[axis] - 1 - int(lines[-1])
         if min(before, after) >= 2 and abs(before - after) <= 3:
-            box[axis], box[axis + 2] = before, length - after
-    return image.crop(tuple(box))
+            cut[axis] = slice(before, content.shape[axis] - after)
+    return image[:, cut[0], cut[1]]
 
 
 def random_resized_crop(
-    image: Image.Image, size: int, scale_min: float, rng: np.random.Generator
-) -> Image.Image:
+    image: torch.Tensor, size: int, scale_min: float, rng: np.random.Generator
+) -> torch.Tensor:
     """torchvision's RandomResizedCrop(size, scale=(scale_min, 1), bicubic), from a generator of
-    ours.
+    ours: uint8 (3, H, W) → uint8 (3, size, size).
 
     Ten tries at a box with the drawn area and aspect ratio; else the largest box in the middle
     whose ratio is within [3/4, 4/3]. (With scale_min 0.9 no photograph of 3 : 2 ever fits, so it
-    always loses the same two edges.) No flip: a mirrored "facing left" would teach the opposite.
+    always loses the same two edges.) Boxes begin and end at whole pixels, as torchvision's do. No
+    flip: a mirrored "facing left" would teach the opposite.
     """
-    left, top, w, h = crop_box(image.size, scale_min, rng)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    left, top, w, h = crop_box((image.shape[2], image.shape[1]), scale_min, rng)
+    box = image[None, :, top : top + h, left : left + w]
+    # On bytes and with antialias this is Pillow's resampling, in a fifth of the time.
+    return interpolate(box, (size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
 def crop_box(
     picture: tuple[int, int], scale_min: float, rng: np.random.Generator
-) -> tuple[float, float, int, int]:
+) -> tuple[int, int, int, int]:
     """Left, top, width and height of the crop of a `picture` (width, height)."""
     width, height = picture
     low, high = math.log(3 / 4), math.log(4 / 3)
@@ -162,24 +260,22 @@ def crop_box(
         ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return (width - w) * rng.random(), (height - h) * rng.random(), w, h
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     return (width - w) // 2, (height - h) // 2, w, h
 
 
 def as_floats(images: torch.Tensor) -> torch.Tensor:
-    """Pixels of a picture as numbers in [0, 1]: uint8 is divided by 255, floats stay as they are.
-
-    Pictures travel as uint8, from worker to main process and on to the GPU: a quarter of the bytes.
-    """
+    """uint8 in 0 … 255 → float32 in [0, 1], of any shape and on its device; floats as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 class Pictures(Dataset):
-    """Pictures as {"image": (3, size, size) in [0, 1], "name": str, "unreadable": [names]}.
+    """Pictures as {"image": uint8 (3, size, size), "index": int, "unreadable": [names]}.
 
     Indexed by (index, epoch): the crop is a pure function of (seed, epoch, index), so it does not
-    matter which worker of which rank makes it.
+    matter which worker of which rank makes it. "index" is that of the picture which was read, whose
+    name(index) is asked for only where something went wrong.
 
     Args:
         source: the encoded pictures by number.
@@ -202,26 +298,25 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def name(self, index: int) -> str:
+        """What the log calls a picture."""
+        return self.source.name(index)
+
     def __getitem__(self, key: Key) -> dict:
         index, epoch = key
         unreadable = []
         for attempt in range(min(20, len(self))):
             place = (index + attempt) % len(self)
             try:
-                image = load_rgb(io.BytesIO(self.source.read(place)))
+                image = decode(self.source.read(place))
             except BROKEN:
-                unreadable.append(self.source.name(place))
+                unreadable.append(self.name(place))
                 continue
             if self.crop_white:
                 image = crop_white_bars(image)
             rng = np.random.default_rng([self.seed, epoch, place])
-            pixels = np.asarray(random_resized_crop(image, self.size, self.scale_min, rng))
-            pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)  # (3, size, size)
-            return {
-                "image": pixels.float() / 255,
-                "name": self.source.name(place),
-                "unreadable": unreadable,
-            }
+            image = random_resized_crop(image, self.size, self.scale_min, rng)
+            return {"image": image, "index": place, "unreadable": unreadable}
         raise ValueError(
             f"data: {len(unreadable)} images in a row cannot be read, from {unreadable[0]} on"
         )
@@ -309,10 +404,24 @@ def collate(items: list[dict]) -> dict:
     return batch
 
 
+class Names(Sequence):
+    """The names of a batch, looked up when somebody reads them: a name is a file's header or a long
+    path, and only a run that ends in an error wants to know."""
+
+    def __init__(self, dataset: Dataset, indices: list[int]):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> str:
+        return self.dataset.name(self.indices[i])
+
+
 def batches(
     dataset: Dataset, sampler: MicroBatches, workers: int = 0, finish: Callable = dict
 ) -> Iterator[dict]:
-    """The endless stream of one rank's micro-batches.
+    """The endless stream of one rank's micro-batches; "name" is in all of them.
 
     Args: finish: batch → batch, called in the worker that has read it.
     Raises: ValueError where `dataset` did, also from within a worker process.
@@ -328,6 +437,8 @@ def batches(
     for batch in loader:
         if "failed" in batch:
             raise ValueError(batch["failed"])
+        if "name" not in batch:
+            batch["name"] = Names(dataset, batch["index"])
         yield batch
 
 
@@ -353,10 +464,10 @@ class CachedPictures(Dataset):
         self.unreadable: list[list[str]] = []
         for start in progress(range(0, len(dataset), chunk)):
             items = [dataset[(i, 0)] for i in range(start, min(start + chunk, len(dataset)))]
-            stacked = torch.stack([item["image"] for item in items])  # (chunk, 3, H, W)
-            images.append((stacked * 255).round().to(torch.uint8))
-            parts.append({k: v.cpu() for k, v in encode(stacked).items()})
-            self.names += [item["name"] for item in items]
+            floats = as_floats(torch.stack([item["image"] for item in items]))  # (chunk, 3, H, W)
+            images.append((floats * 255).round().to(torch.uint8))
+            parts.append({k: v.cpu() for k, v in encode(floats).items()})
+            self.names += [x["name"] if "name" in x else dataset.name(x["index"]) for x in items]
             self.unreadable += [item.get("unreadable", []) for item in items]
         self.images = torch.cat(images)
         self.cached = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
@@ -367,7 +478,7 @@ class CachedPictures(Dataset):
     def __getitem__(self, key: Key) -> dict:
         index, _ = key
         return {
-            "image": self.images[index].float() / 255,
+            "image": self.images[index],
             "name": self.names[index],
             "unreadable": self.unreadable[index],
             "cached": {k: v[index] for k, v in self.cached.items()},

@@ -243,7 +243,7 @@ def train_steps(
 
     Args:
         model: as it is; stage 2 goes on from what stage 1 made of it.
-        data: items by (index, epoch), {"image": (3, H, W) in [0, 1], "name": str}.
+        data: items by (index, epoch), {"image": (3, H, W) in [0, 1] or uint8, "name": str}.
         steps: also where a cosine ends.
         settings: rates, batch, LoRA and seed; by default the toy's.
     """

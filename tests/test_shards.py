@@ -3,7 +3,9 @@
 import io
 import itertools
 import json
+import multiprocessing
 import os
+import pickle
 import tarfile
 import time
 import tracemalloc
@@ -111,7 +113,7 @@ def test_a_corrupt_picture_is_replaced_and_named(tmp_path):
     members = [("1.jpg", picture(1)), ("2.jpg", b"\xff\xd8 broken"), ("3.jpg", picture(3))]
     files = data.Pictures(shards.ShardIndex(write_tar(tmp_path / "a.tar", members)), 16)
     item = files[(1, 0)]
-    assert item["name"] == f"{tmp_path}/a.tar/3.jpg"
+    assert files.name(item["index"]) == f"{tmp_path}/a.tar/3.jpg"
     assert item["unreadable"] == [f"{tmp_path}/a.tar/2.jpg"]
 
 
@@ -129,6 +131,138 @@ def test_the_index_is_kept_and_made_anew_when_a_shard_changes(tmp_path, monkeypa
     for file in tmp_path.glob(".pictures-*.npz"):
         file.write_bytes(b"damaged")
     assert len(shards.ShardIndex(tmp_path)) == 5 and len(calls) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_scan_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch, workers):
+    for i in range(6):
+        write_tar(tmp_path / f"{i}.tar", samples(10 * i, 1 + i))
+    (tmp_path / "3.tar").write_bytes((tmp_path / "3.tar").read_bytes() + b"x")  # a problem to keep
+    whole = shards.ShardIndex(tmp_path, cache=tmp_path / "missing")  # nothing is kept
+    real, log = shards.scan_shard, tmp_path / "log"
+    log.touch()
+
+    def killed_at_the_fifth(path):
+        if len(log.read_text().splitlines()) >= 4:
+            raise KeyboardInterrupt
+        return logged(path)
+
+    def logged(path):
+        with open(log, "a") as file:
+            file.write(f"{path}\n")
+        return real(path)
+
+    monkeypatch.setattr(shards, "scan_shard", killed_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        shards.ShardIndex(tmp_path)  # one after the other: four are done
+    parts = sorted(tmp_path.glob(".pictures-*.part.npz"))
+    assert len(parts) == 4 == len(list(tmp_path.glob(".pictures-*")))
+    parts[0].write_bytes(parts[0].read_bytes()[:200])  # damaged: that shard is scanned again
+    content = bytearray(parts[1].read_bytes())
+    content[-500] ^= 1  # one bit of it
+    parts[1].write_bytes(content)
+    monkeypatch.setattr(shards, "scan_shard", logged)
+    index = shards.ShardIndex(tmp_path, workers=workers)
+    assert len(log.read_text().splitlines()) == 4 + 2 + 2
+    assert len(list(tmp_path.glob(".pictures-*"))) == 1, "folded into one"
+    for again in (index, shards.ShardIndex(tmp_path)):
+        for name in ("shard", "offset", "size"):
+            assert np.array_equal(getattr(whole, name), getattr(again, name))
+        assert again.problems == whole.problems and "3.tar has no end mark" in again.problems[0]
+    assert len(log.read_text().splitlines()) == 8
+
+
+def test_whoever_finds_the_whole_index_half_way_takes_it(tmp_path, monkeypatch):
+    """Another process finishes, and clears the parts away, while this one scans its second."""
+    for i in range(4):
+        write_tar(tmp_path / f"{i}.tar", samples(10 * i, 2))
+    real, calls = shards.scan_shard, []
+
+    def slow(path):
+        calls.append(path)
+        if len(calls) == 2:
+            monkeypatch.setattr(shards, "scan_shard", real)
+            shards.ShardIndex(tmp_path)
+            monkeypatch.setattr(shards, "scan_shard", slow)
+        return real(path)
+
+    monkeypatch.setattr(shards, "scan_shard", slow)
+    index = shards.ShardIndex(tmp_path)
+    assert len(calls) == 2 and len(index) == 8 and index.read(7) == picture(31)
+    assert len(list(tmp_path.glob(".pictures-*"))) == 1, "its own late part is cleared away"
+
+
+def build(folder, rank, counts):
+    """One of several processes that start at once."""
+    scans = []
+    real = shards.scan_shard
+    shards.scan_shard = lambda path: scans.append(path) or time.sleep(0.05) or real(path)
+    index = shards.ShardIndex(folder)
+    counts.put((rank, len(scans), len(index), index.read(len(index) - 1)))
+
+
+def test_processes_that_scan_at_the_same_time_share_the_work(tmp_path):
+    for i in range(24):
+        write_tar(tmp_path / f"{i:02d}.tar", samples(2 * i, 2))
+    context = multiprocessing.get_context("fork")
+    counts = context.Queue()
+    started = [context.Process(target=build, args=(tmp_path, i, counts)) for i in range(3)]
+    for process in started:
+        process.start()
+    found = [counts.get(timeout=60) for _ in started]
+    for process in started:
+        process.join()
+    assert all(rest == (48, picture(47)) for *_, length, last in found for rest in [(length, last)])
+    scanned = sum(scans for _, scans, *_ in found)
+    assert 24 <= scanned <= 24 + 16, "a few twice, never all by all"
+    assert len(list(tmp_path.glob(".pictures-*"))) == 1
+
+
+# -- open files ----------------------------------------------------------------------------------
+def open_shards():
+    links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    return [os.readlink(link) for link in links if os.path.lexists(link)]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are listed on Linux")
+def test_open_shards_are_kept_and_bounded(tmp_path, monkeypatch):
+    for i in range(5):
+        write_tar(tmp_path / f"{i}.tar", samples(i, 1))
+    index = shards.ShardIndex(tmp_path)
+    monkeypatch.setattr(shards, "HANDLES", 3)
+    for i in (0, 1, 2, 3, 4, 0, 4, 4):
+        assert index.read(i) == picture(i) and index.name(i).endswith(f"{i}.tar/{i:07d}.jpg")
+        assert sum(name.startswith(str(tmp_path)) for name in open_shards()) <= 3
+    kept = list(index._open.values())
+    assert index.read(4) == picture(4) and list(index._open.values()) == kept
+    again = pickle.loads(pickle.dumps(index))  # as for a worker that is spawned
+    assert not again._open and again.read(1) == picture(1)
+
+
+def test_open_shards_have_no_position_that_processes_could_share(tmp_path):
+    """Two children read with the files that they inherit, both at the same time."""
+    write_tar(tmp_path / "a.tar", samples(0, 200))
+    index = shards.ShardIndex(tmp_path)
+    want = [index.read(i) for i in range(200)]  # opened before the fork
+    children = []
+    for seed in range(2):
+        if child := os.fork():
+            children.append(child)
+            continue
+        order = np.random.default_rng(seed).integers(200, size=3000)
+        os._exit(0 if all(index.read(i) == want[i] for i in order) else 1)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+
+def test_a_shard_that_shrank_or_went_is_an_oserror(tmp_path):
+    write_tar(tmp_path / "a.tar", samples(0, 3))
+    index = shards.ShardIndex(tmp_path)
+    os.truncate(tmp_path / "a.tar", 2000)
+    with pytest.raises(OSError, match="a.tar is shorter than when it was indexed"):
+        index.read(2)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="a.tar"):
+        pickle.loads(pickle.dumps(index)).read(0)
 
 
 def test_a_folder_that_cannot_be_written_still_works(tmp_path, monkeypatch):
@@ -236,12 +370,11 @@ def test_every_sample_once_per_epoch(tmp_path, some_shards, ranks, workers):
 def test_real_letterboxes_are_found(tmp_path):
     index = shards.ShardIndex(REAL, cache=tmp_path)
     for i in range(len(index)):
-        image = data.load_rgb(io.BytesIO(index.read(i)))
-        cropped = data.crop_white_bars(image)
+        cropped = data.crop_white_bars(data.decode(index.read(i)))
         with tarfile.open(index.shards[index.shard[i]]) as tar:
             member = index.name(i).rpartition("/")[2].replace(".jpg", ".json")
             about = json.load(tar.extractfile(member))
         scale = 256 / max(about["original_width"], about["original_height"])
-        for got, key in zip(cropped.size, ("original_width", "original_height"), strict=True):
-            assert abs(got - about[key] * scale) <= 6, index.name(i)
+        for got, key in ((2, "original_width"), (1, "original_height")):
+            assert abs(cropped.shape[got] - about[key] * scale) <= 6, index.name(i)
     assert os.listdir(tmp_path), "the index was kept where it may be written"

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import CachedPictures, FileList, Pictures, find_images
+from data import CachedPictures, FileList, Pictures, as_floats, find_images
 from evaluation.reconstruction import kept, psnr
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
 from genhancer import Continuous, Discrete, GenHancer
@@ -27,7 +27,7 @@ from toy.world import ToyScenes
 from training import checkpoints as ckpt
 from training import speed
 from training.preflight import read_state, require_same
-from training.process import Process, start_process, wait_for_all
+from training.process import Process, start_process, union_over_ranks, wait_for_slowest
 from training.shards import ShardIndex, is_shard_pattern
 from util.files import fingerprint
 
@@ -225,23 +225,27 @@ def find_data(settings: Settings, process: Process) -> Dataset:
 
 
 def picture_source(settings: Settings, process: Process) -> FileList | ShardIndex:
-    """Where the pictures of --data lie."""
-    if not is_shard_pattern(settings.data):
-        return FileList(find_images(settings.data))
+    """Where the pictures of --data lie. Raises: ValueError where the ranks see different ones."""
 
     def bar(shards):
         return tqdm(shards, "reading shard headers", unit="shard", disable=not process.is_main)
 
-    # The main process scans and leaves the index file; the others find it there.
-    if not process.is_main:
-        wait_for_all(process)
-    # The first scan of CC3M reads 9 million headers: worth all cores of the node.
-    index = ShardIndex(settings.data, progress=bar, workers=os.cpu_count() or 1)
-    if process.is_main:
-        wait_for_all(process)
-        for problem in index.problems:
+    if is_shard_pattern(settings.data):
+        # The first scan of CC3M reads 9 million headers: worth all cores of the node. The ranks
+        # share it through the index files, be they on one disk or on each node's own.
+        workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        source = ShardIndex(settings.data, progress=bar, workers=workers)
+        for problem in source.problems if process.is_main else ():
             print(f"data: {problem}", file=sys.stderr)
-    return index
+    else:
+        source = FileList(find_images(settings.data))
+    wait_for_slowest(process, "pictures are listed")
+    if len(counts := union_over_ranks({str(len(source))}, process)) > 1:
+        raise ValueError(
+            f"--data {settings.data} is not the same for all ranks: they find "
+            f"{' and '.join(sorted(counts))} pictures. Give every node a whole copy"
+        )
+    return source
 
 
 def warn_of_toy_tokenizer(
@@ -255,7 +259,7 @@ def warn_of_toy_tokenizer(
     found = []
     for source in (ToyScenes(16, seed=0), pictures):
         items = [source[(i, 0)]["image"] for i in range(min(16, len(source)))]
-        images = torch.stack(items).to(process.device)
+        images = as_floats(torch.stack(items)).to(process.device)
         with torch.no_grad():
             found.append(psnr(images, kept(model.paradigm, images)))
     print(

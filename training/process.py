@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,6 +37,8 @@ class Process:
     device: torch.device = torch.device("cpu")
     autocast: bool = False
     """bf16 where a loss of digits does no harm"""
+    store: dist.Store | None = None
+    """where the ranks leave word for one another; None where there is one only"""
 
     @property
     def is_main(self) -> bool:
@@ -48,6 +51,7 @@ def start_process(precision: str) -> Process:
     Args: precision: "auto", "fp32" or "bf16".
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    store = None
     cuda, device = torch.cuda.is_available(), torch.device("cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -74,7 +78,7 @@ def start_process(precision: str) -> Process:
     # (A GPU without them claims support by emulation, unless asked about its own.)
     supported = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = precision == "bf16" or (precision == "auto" and supported)
-    return Process(rank, ranks, device, bf16)
+    return Process(rank, ranks, device, bf16, store)
 
 
 @contextmanager
@@ -175,3 +179,15 @@ def wait_for_all(process: Process) -> None:
     """No rank goes on before every rank is here."""
     if process.ranks > 1:
         dist.barrier()
+
+
+def wait_for_slowest(process: Process, what: str) -> None:
+    """As `wait_for_all`, for work that may keep one rank hours longer than another.
+
+    A collective of NCCL gives up after ten minutes. The store does not: every rank counts itself
+    there once under `what`, and asks, twice a second, whether all have.
+    """
+    if process.ranks > 1:
+        process.store.add(what, 1)
+        while process.store.add(what, 0) < process.ranks:
+            time.sleep(0.5)

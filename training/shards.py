@@ -15,14 +15,16 @@ in `ShardIndex.problems`.
 This module imports nothing of this project: copy it freely.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
 import re
+import resource
 import tarfile
 import tempfile
-import zipfile
+import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -30,7 +32,10 @@ from pathlib import Path
 import numpy as np
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-LAYOUT = 1  # of the index file; raise it when the content changes
+LAYOUT = 2  # of the index file; raise it when the content changes
+# Shards that a process keeps open: no more than half of what it may open (1024 on most systems).
+LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+HANDLES = min(512, LIMIT // 2) if LIMIT > 0 else 512  # below 0: without limit
 
 
 # ------------------------------------------------------------------------------------------------
@@ -124,8 +129,59 @@ def ends_well(path: str | Path) -> bool:
         return length % 512 == 0 and not any(file.read())
 
 
+# ------------------------------------------------------------------------------------------------
+# Index files: one for each shard while a scan lasts, one for all of them in the end
+# ------------------------------------------------------------------------------------------------
+def write_index(path: Path, found: dict) -> bool:
+    """Arrays by name and "problems", a list of lines; whole or absent. Whether that was possible:
+    data sets are often read-only."""
+    # A name of its own: two nodes may write the same file at once, and their process numbers agree.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp.npz")
+    problems = np.frombuffer(json.dumps(found["problems"]).encode(), dtype=np.uint8)
+    try:
+        np.savez(temporary, **{**found, "problems": problems})
+        os.replace(temporary, path)
+    except OSError:
+        return False
+    return True
+
+
+def read_index(path: Path) -> dict | None:
+    """What `write_index` wrote; None where there is none, or a damaged one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+        return {**found, "problems": json.loads(found["problems"].tobytes())}
+    except Exception:  # of a damaged zip, anything: a false length, an unknown compression, …
+        return None
+
+
+def scan_once(task: tuple[Path, list[Path], list[Path]]) -> dict | None:
+    """What is in one shard: from what an earlier scan left, or by a scan that leaves it.
+
+    Args: task: the shard, where its part of the index may lie, and where the whole index may.
+    Returns: None where another process has meanwhile written the whole index.
+    """
+    shard, parts, wholes = task
+    for part in parts:
+        if found := read_index(part):
+            return found
+    if any(whole.is_file() for whole in wholes):
+        return None
+    offsets, sizes, problem = scan_shard(shard)
+    found = {"offset": np.array(offsets, np.int64), "size": np.array(sizes, np.int32)}
+    found["problems"] = [problem] if problem else []
+    any(write_index(part, found) for part in parts)  # in the first folder that takes it
+    return found
+
+
 class ShardIndex:
     """All pictures of a set of tar shards, readable in any order.
+
+    A scan leaves a small file per shard, and one for all when it is done. So a scan that was killed
+    goes on where it was, and processes that scan the same shards at the same time share the work
+    without knowing of one another: each takes the shards in an order of its own and skips what it
+    finds done. No process waits for another, so no collective can run into its time-out.
 
     Args:
         source: what `find_shards` takes.
@@ -144,71 +200,89 @@ class ShardIndex:
         workers: int = 1,
     ):
         self.shards = find_shards(source)
-        # A shard that was downloaded again has another size or date, and the index is made anew.
-        stamps = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in self.shards]
-        digest = hashlib.sha256(json.dumps([LAYOUT, stamps]).encode()).hexdigest()[:16]
+        self._open: dict = {}  # number of the shard → its file; the oldest first
         folders = [Path(cache)] if cache else [self.shards[0].parent, temporary_folder()]
-        names = [folder / f".pictures-{digest}.npz" for folder in folders]
-        if not any(self._load(name) for name in names):
-            self._scan(progress, workers)
-            for name in names:
-                if self._save(name):
-                    break
+        # A shard that was downloaded again has another size or date, and is scanned anew.
+        stamps = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in self.shards]
+        wholes = [folder / f".pictures-{digest(stamps)}.npz" for folder in folders]
+        found = next(filter(None, map(read_index, wholes)), None)
+        if found is None:
+            parts = [[f / f".pictures-{digest(s)}.part.npz" for f in folders] for s in stamps]
+            found = self._scan(parts, wholes, progress, workers)
+            any(write_index(whole, found) for whole in wholes)
+            for part in sum(parts, []):
+                with contextlib.suppress(OSError):
+                    part.unlink()
+        self.shard, self.offset, self.size = found["shard"], found["offset"], found["size"]
+        self.problems: list[str] = found["problems"]
         if not len(self):
             raise ValueError(f"data: no pictures in {self.problems[0]}")
 
-    def _scan(self, progress: Callable, workers: int) -> None:
-        if workers > 1 and len(self.shards) > 1:
-            with ProcessPoolExecutor(min(workers, len(self.shards))) as pool:
-                scans = list(progress(pool.map(scan_shard, self.shards)))
+    def _scan(
+        self, parts: list[list[Path]], wholes: list[Path], progress: Callable, workers: int
+    ) -> dict:
+        """What the whole index holds."""
+        count = len(self.shards)
+        absent = [whole for whole in wholes if not whole.exists()]  # the others are damaged
+        order = np.random.default_rng().permutation(count)
+        tasks = [(self.shards[i], parts[i], absent) for i in order]
+        if workers > 1 and count > 1:
+            with ProcessPoolExecutor(min(workers, count)) as pool:
+                scans = list(progress(pool.map(scan_once, tasks)))
         else:
-            scans = [scan_shard(shard) for shard in progress(self.shards)]
-        counts = [len(offsets) for offsets, _, _ in scans]
-        self.shard = np.repeat(np.arange(len(scans), dtype=np.int32), counts)
-        self.offset = np.array([o for offsets, _, _ in scans for o in offsets], dtype=np.int64)
-        self.size = np.array([s for _, sizes, _ in scans for s in sizes], dtype=np.int32)
-        self.problems = [problem for _, _, problem in scans if problem]
-
-    def _save(self, path: Path) -> bool:
-        temporary = path.with_name(f"{path.name}.tmp{os.getpid()}.npz")
-        problems = np.frombuffer(json.dumps(self.problems).encode(), dtype=np.uint8)
-        try:
-            arrays = {"shard": self.shard, "offset": self.offset, "size": self.size}
-            np.savez(temporary, problems=problems, **arrays)
-            os.replace(temporary, path)
-        except OSError:  # a read-only data set: the next folder, or no cache at all
-            return False
-        return True
-
-    def _load(self, path: Path) -> bool:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                self.shard, self.offset, self.size = file["shard"], file["offset"], file["size"]
-                self.problems = json.loads(file["problems"].tobytes())
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return False  # none yet, or damaged: scan again
-        return True
+            scans = [scan_once(task) for task in progress(tasks)]
+        if None in scans and (found := next(filter(None, map(read_index, wholes)), None)):
+            return found
+        scans = [scan or scan_once((*tasks[i][:2], [])) for i, scan in enumerate(scans)]
+        scans = [scans[i] for i in np.argsort(order)]
+        numbers, counts = np.arange(count, dtype=np.int32), [len(scan["size"]) for scan in scans]
+        found = {
+            name: np.concatenate([scan[name] for scan in scans]) for name in ("offset", "size")
+        }
+        problems = [problem for scan in scans for problem in scan["problems"]]
+        return {"shard": np.repeat(numbers, counts), **found, "problems": problems}
 
     def __len__(self) -> int:
         return len(self.offset)
 
     def name(self, index: int) -> str:
         """``SHARD/MEMBER``, read back from the header (512 bytes before the data)."""
-        shard = self.shards[self.shard[index]]
-        with open(shard, "rb") as file:
-            file.seek(int(self.offset[index]) - 512)
-            member = file.read(100).split(b"\0")[0].decode(errors="replace")
-        return f"{shard}/{member}"
+        shard = int(self.shard[index])
+        header = self._bytes(shard, 100, int(self.offset[index]) - 512)
+        return f"{self.shards[shard]}/{header.split(bytes(1))[0].decode(errors='replace')}"
 
     def read(self, index: int) -> bytes:
         """The bytes of one picture. Raises: OSError where the shard has shrunk or gone."""
-        size = int(self.size[index])
-        with open(self.shards[self.shard[index]], "rb") as file:
-            file.seek(int(self.offset[index]))
-            data = file.read(size)
+        shard, size = int(self.shard[index]), int(self.size[index])
+        data = self._bytes(shard, size, int(self.offset[index]))
         if len(data) != size:
-            raise OSError(f"{self.shards[self.shard[index]]} is shorter than when it was indexed")
+            raise OSError(f"{self.shards[shard]} is shorter than when it was indexed")
         return data
+
+    def _bytes(self, shard: int, count: int, offset: int) -> bytes:
+        """`count` bytes of a shard. Its file stays open, for opening one costs a network disk more
+        than the reading. It is read at a place, never moved to one: worker processes inherit open
+        files, and a position would be common to all of them."""
+        file = self._open.get(shard)
+        if file is None:
+            file = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115
+            if len(self._open) >= HANDLES:
+                # Only forgotten here: it closes when the last thread that reads in it is done.
+                self._open.pop(next(iter(self._open)), None)
+            self._open[shard] = file
+        try:
+            return os.pread(file.fileno(), count, offset)
+        except OSError:  # a network disk that was away: the next picture opens it anew
+            self._open.pop(shard, None)
+            raise
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_open": {}}  # for a worker that is spawned: open files stay here
+
+
+def digest(stamps: Iterable) -> str:
+    """Tells whether shards are what they were."""
+    return hashlib.sha256(json.dumps([LAYOUT, stamps]).encode()).hexdigest()[:16]
 
 
 def temporary_folder() -> Path:
