@@ -7,16 +7,20 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+import threading
 import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
-from training import shards
+from settings import Settings
+from training import assemble, shards
+from training.process import Process, wait_for_slowest
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "cc3m_style"
 
@@ -216,6 +220,43 @@ def test_processes_that_scan_at_the_same_time_share_the_work(tmp_path):
     scanned = sum(scans for _, scans, *_ in found)
     assert 24 <= scanned <= 24 + 16, "a few twice, never all by all"
     assert len(list(tmp_path.glob(".pictures-*"))) == 1
+
+
+# -- many ranks ----------------------------------------------------------------------------------
+def test_ranks_wait_for_the_slowest_and_leave_together():
+    """Over the store, which has no time-out; the last one needs a second longer."""
+    store, left = torch.distributed.HashStore(), []
+
+    def rank(number):
+        process = Process(number, 3, store=store)
+        time.sleep(number == 2)
+        arrived[number] = time.time()
+        wait_for_slowest(process, "here")
+        left.append(time.time())
+
+    arrived = {}
+    threads = [threading.Thread(target=rank, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(left) == 3 and min(left) >= arrived[2] >= max(arrived[0], arrived[1]) + 0.5
+    wait_for_slowest(Process(), "alone")
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_ranks_that_see_different_pictures_refuse(tmp_path, monkeypatch, kind):
+    """As where one node's own disk has a copy that was cut."""
+    write_tar(tmp_path / "shards" / "a.tar", samples(0, 3))
+    (tmp_path / "folder").mkdir()
+    for name, content in samples(0, 3):
+        (tmp_path / "folder" / name).write_bytes(content)
+    settings = Settings.of("toy", data=str(tmp_path / kind))
+    assert len(assemble.picture_source(settings, Process())) == 3
+    monkeypatch.setattr(assemble, "wait_for_slowest", lambda process, what: None)
+    monkeypatch.setattr(assemble, "union_over_ranks", lambda items, process: items | {"2"})
+    with pytest.raises(ValueError, match=f"{kind} is not the same for all ranks.* 2 and 3"):
+        assemble.picture_source(settings, Process(0, 2))
 
 
 # -- open files ----------------------------------------------------------------------------------
