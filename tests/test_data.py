@@ -273,6 +273,17 @@ def test_crop_area_stays_in_range():
     assert areas.min() > 0.85 and areas.max() < 1.03 and areas.std() > 0.01
 
 
+def test_crops_lie_anywhere_in_the_picture():
+    """From edge to edge, at whole pixels, and never beyond."""
+    boxes = [data.crop_box((50, 40), 0.5, np.random.default_rng(i)) for i in range(500)]
+    for axis, length in ((0, 50), (1, 40)):
+        assert all(isinstance(box[axis], int) for box in boxes)
+        rests = [(box[axis], length - box[axis] - box[axis + 2]) for box in boxes]
+        assert min(map(min, rests)) == 0, "it may touch an edge"
+        assert np.mean([before > 2 for before, _ in rests]) > 0.3
+        assert np.mean([after > 2 for _, after in rests]) > 0.3
+
+
 @pytest.mark.parametrize("size", [(600, 400), (400, 600), (1000, 300), (300, 1000), (640, 480)])
 def test_pictures_too_wide_or_tall_get_torchvisions_central_box(size):
     """No box of nine tenths with a ratio within [3/4, 4/3] fits into 3 : 2, so the box is
