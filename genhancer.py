@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 import flow_denoiser as flow
 import perceiver_denoiser as perceiver
-from lora import inject_lora
+from lora import Adapter, inject_lora
 from pretrained.autoencoders import VAE, VQGAN
 from pretrained.backbones import ClipInfo, encode_visual
 
@@ -326,8 +326,12 @@ class GenHancer(nn.Module):
         for part in (self.paradigm.tokenizer, self.original):
             if part is not None:
                 part.eval()
-        if not self.tower_learns:
-            self.visual.eval()
+        # Of a tower that learns, the adapters alone train: batch statistics (MobileCLIP's stem) and
+        # stochastic depth (ViTamin) belong to its own pretraining.
+        self.visual.eval()
+        for module in self.visual.modules():
+            if isinstance(module, Adapter) and self.tower_learns:
+                module.train(mode)
         return self
 
     # -- one step --------------------------------------------------------------------------------

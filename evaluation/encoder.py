@@ -59,6 +59,7 @@ class Encoder:
             mean=self.info.mean,
             std=self.info.std,
             resize_mode=self.info.resize_mode,
+            interpolation=self.info.interpolation,
         )
         self.tokenizer = find_tokenizer(self.info)
 

@@ -2,14 +2,17 @@
 
 The paper enhances six of them (Tab. 1): OpenAI's and MetaCLIP's ViTs, whose [CLS] token is the
 condition, and SigLIP's, which have none and give an attention-pooled vector instead (Sec. 5.4).
-open_clip builds all; this file makes sure that the architecture, the activation above all, is
-always known together with the weights, and brings both kinds of tower behind one function.
+open_clip builds these and some hundred others; this file makes sure that the architecture, the
+activation above all, is always known together with the weights, and brings all towers behind one
+function. What a tower must have is a transformer over patch tokens, and one global vector made of
+them (`encode_visual`). Convolutional towers have none: they can be judged, but not enhanced.
 
 Letters: B images, H W height and width, d width of the global token, P patch tokens of width p.
 This module imports nothing of this project: copy it freely.
 """
 
 import difflib
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -37,23 +40,35 @@ class ClipInfo:
     std: tuple[float, float, float]
     resize_mode: str = "shortest"
     """for evaluation; SigLIP squashes instead of cropping"""
+    interpolation: str = "bicubic"
+    """for evaluation; CLIPA, MobileCLIP and Perception Encoder resize bilinearly"""
     words: tuple[str, ...] = ()
     """the vocabulary of a CLIP that reads whole words; open_clip's own need none"""
 
     @property
     def image_size(self) -> int:
-        return self.model_cfg["vision_cfg"]["image_size"]
+        """H = W. Raises: ValueError for a tower whose images are no squares."""
+        size = self.model_cfg["vision_cfg"].get("image_size", 224)  # open_clip's own default
+        height, width = (size, size) if isinstance(size, int) else size
+        if height != width:
+            raise ValueError(
+                f"CLIP {self.name} looks at images of {height} × {width} pixels; here images are "
+                "square, since one crop feeds CLIP and the tokenizer"
+            )
+        return height
 
     def open_clip_config(self) -> dict:
         """The content of open_clip_config.json, which `local-dir:` folders carry."""
-        about = {
-            "model_cfg": self.model_cfg,
-            "preprocess_cfg": {
-                "mean": list(self.mean),
-                "std": list(self.std),
-                "resize_mode": self.resize_mode,
-            },
+        preprocess = {
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resize_mode": self.resize_mode,
         }
+        # Bicubic is what open_clip takes where nothing is said. Checkpoints compare this content,
+        # and those from before this field say nothing.
+        if self.interpolation != "bicubic":
+            preprocess["interpolation"] = self.interpolation
+        about = {"model_cfg": self.model_cfg, "preprocess_cfg": preprocess}
         return about | ({"words": list(self.words)} if self.words else {})
 
     @classmethod
@@ -66,6 +81,7 @@ class ClipInfo:
             tuple(preprocess["mean"]),
             tuple(preprocess["std"]),
             preprocess.get("resize_mode", "shortest"),
+            preprocess.get("interpolation", "bicubic"),
             tuple(about.get("words", ())),
         )
 
@@ -139,34 +155,106 @@ def describe_clip(model: str) -> tuple[ClipInfo, Path | None]:
     if file.suffix in WEIGHT_FILES or file.is_file():
         if not file.is_file():
             raise FileNotFoundError(f"CLIP {model!r}: no weights file {file}")
-        known, weights = {}, file
+        known, weights = _agreed(name), file
     else:
         known, weights = open_clip.get_pretrained_cfg(name, tag), None
         if not known:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise ValueError(f"CLIP {model!r}: open_clip has no weights {tag!r} of it, only {tags}")
-        if known.get("quick_gelu", False) != quick:
+        other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
+        # Where no other name exists (roberta-ViT-B-32), the weights were trained as this one builds
+        # them, and it is the remark at the weights that is missing.
+        if known.get("quick_gelu", False) != quick and other != name:
             trained = "QuickGELU" if known.get("quick_gelu") else "GELU"
-            other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
             raise ValueError(
                 f"CLIP {model!r}: {tag}'s weights were trained with {trained}, and {name} builds "
                 f"the other activation; use {other}:{tag}"
             )
-    siglip = "siglip" in str(model_cfg["vision_cfg"].get("timm_model_name", ""))
     info = ClipInfo(
         name,
         model_cfg,
-        tuple(known.get("mean") or ((0.5,) * 3 if siglip else open_clip.OPENAI_DATASET_MEAN)),
-        tuple(known.get("std") or ((0.5,) * 3 if siglip else open_clip.OPENAI_DATASET_STD)),
-        known.get("resize_mode") or ("squash" if siglip else "shortest"),
+        tuple(known.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+        tuple(known.get("std") or open_clip.OPENAI_DATASET_STD),
+        known.get("resize_mode") or "shortest",
+        known.get("interpolation") or "bicubic",
     )
     return info, weights
 
 
+def _agreed(name: str) -> dict:
+    """The preprocessing that all published weights of an architecture have in common: the best
+    guess for a file that does not say how its images were made (all SigLIPs squash, all CLIPAs
+    resize bilinearly)."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    known = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    keys = ("mean", "std", "resize_mode", "interpolation")
+    first = {key: known[0].get(key) for key in keys} if known else {}
+    return {k: v for k, v in first.items() if all(other.get(k) == v for other in known)}
+
+
 def build_clip(info: ClipInfo) -> nn.Module:
-    """The architecture with whatever weights its modules start from."""
-    build = open_clip.CustomTextCLIP if info.model_cfg.get("custom_text") else open_clip.CLIP
-    return build(**{k: v for k, v in info.model_cfg.items() if k != "custom_text"})
+    """The architecture with whatever weights its modules start from.
+
+    A text tower out of transformers (roberta-ViT-B-32, mt5, nllb, …) needs that library and its
+    configuration from the hub. Without them it is carried along, not built (`CarriedText`).
+    """
+    config = {**info.model_cfg}
+    custom, text = config.pop("custom_text", False), config["text_cfg"]
+    foreign = text.get("hf_model_name")
+    if "multimodal_cfg" in config:
+        build = open_clip.CoCa
+    else:
+        build = open_clip.CustomTextCLIP if custom or foreign else open_clip.CLIP
+    if not foreign:
+        return build(**config)
+    # Its weights come with CLIP's: nothing is to be downloaded for the tower alone.
+    config["text_cfg"] = {**text, "hf_model_pretrained": False}
+    if why := _unavailable(foreign):
+        small = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 1}
+        clip = build(**{**config, "text_cfg": small})
+        clip.text = CarriedText(f"CLIP {info.name}: the text tower is transformers' {foreign}", why)
+        return clip
+    return build(**config)
+
+
+@functools.cache
+def _unavailable(name: str) -> str:
+    """Why a text tower of transformers cannot be built here; "" if it can. Only files on this
+    machine count: training needs none of it, and should wait for no network."""
+    try:
+        from transformers import AutoConfig
+
+        AutoConfig.from_pretrained(name, local_files_only=True)
+    except Exception:  # not installed, not fetched, no such model: many kinds
+        return (
+            'pip install transformers, and fetch its configuration once: python -c "import '
+            f"transformers; transformers.AutoConfig.from_pretrained('{name}')\""
+        )
+    return ""
+
+
+class CarriedText(nn.Module):
+    """A text tower that could not be built: its tensors, kept to be written again.
+
+    GenHancer changes the image tower alone. To train it and to write the enhanced model, the text
+    tower must be carried from one file to the other, and nothing has to know what it computes.
+    """
+
+    def __init__(self, what: str, why: str):
+        super().__init__()
+        self.what, self.why, self.tensors = what, why, {}
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Raises: ValueError, always."""
+        raise ValueError(f"{self.what}, which is not there to be built ({self.why})")
+
+    # The two hooks of nn.Module through which a state dict goes; `prefix` is "text." here.
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        mine = [name for name in state_dict if name.startswith(prefix)]
+        self.tensors = {name.removeprefix(prefix): state_dict[name] for name in mine}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination.update({prefix + name: tensor for name, tensor in self.tensors.items()})
 
 
 def _read_config(model: str, file: Path) -> ClipInfo:
@@ -220,18 +308,44 @@ def encode_visual(
 
     Args: images, already normalised for CLIP (B, 3, H, W); local: also return the patch tokens.
     Returns:
-        global token (B, d): for CLIP the class token after the final LayerNorm and projection,
-        *not* L2-normalised; for SigLIP's timm tower the attention-pooled vector;
+        global token (B, d), as the tower gives it to be compared with texts, *not* L2-normalised:
+        the class token after the final LayerNorm and projection, an attention-pooled vector
+        (SigLIP, Perception Encoder, CoCa) or the mean of the patches (CLIPA, ViTamin);
         patch tokens (B, P, p) of the last layer, or None.
+    Raises: ValueError for a tower without patch tokens.
     """
+    trunk = getattr(visual, "trunk", None)  # a timm model's
+    if trunk is None and hasattr(visual, "transformer"):
+        return _encode_vit(visual, images, local)
+    if not hasattr(trunk, "num_prefix_tokens"):
+        # ResNet, ConvNeXt, FastViT, Swin: maps that shrink from stage to stage, and pooling.
+        kind = type(trunk or visual).__name__
+        raise ValueError(
+            f"this CLIP's image tower ({kind}) is no ViT: it has neither patch tokens nor a class "
+            "token or pool over them to make the condition of; take a ViT, such as "
+            "ViT-B-16-quickgelu:openai"
+        )
     if not local:
         return visual(images), None
-    if hasattr(visual, "trunk"):
-        tokens = visual.trunk.forward_features(images)  # (B, P, p), after any prefix tokens
-        patches = tokens[:, visual.trunk.num_prefix_tokens :]
-        return visual.head(visual.trunk.forward_head(tokens)), patches
-    before, visual.output_tokens = visual.output_tokens, True
+    tokens = trunk.forward_features(images)  # (B, prefix + P, p); prefix: class token, registers
+    return visual.head(trunk.forward_head(tokens)), tokens[:, trunk.num_prefix_tokens :]
+
+
+def _encode_vit(visual: nn.Module, images: Tensor, local: bool) -> tuple[Tensor, Tensor | None]:
+    """`encode_visual` for open_clip's own ViTs."""
+    before, visual.output_tokens = visual.output_tokens, local
+    kept = []
+    # An attentional pool (CoCa) hands out its 255 other queries for tokens. Patches have a place in
+    # the image: they are what goes into the pool, after the class token.
+    pool = visual.attn_pool if local else None
+    hook = pool and pool.register_forward_pre_hook(lambda module, inputs: kept.extend(inputs))
     try:
-        return visual(images)
+        found = visual(images)
     finally:
         visual.output_tokens = before
+        if hook:
+            hook.remove()
+    if not local:
+        return found, None
+    token, patches = found  # (B, d), (B, P, p)
+    return token, kept[0][:, 1:] if kept else patches
