@@ -7,10 +7,9 @@ expensive to predict. Nothing is trained here: this file is two architectures un
 *published* module names, so that FLUX.1's ``ae.safetensors`` (244 tensors, 83.8 M parameters) and
 taming-transformers' f16 VQ-GANs load with nothing missing and nothing left over.
 
-Both share one convolutional encoder and decoder, the family of the LDM / VQ-GAN line of work:
-residual blocks, a halving of the resolution between levels, one attention in the middle. Where the
-members differ (latent channels, one or two outputs per channel, attention at some levels), an
-argument says so.
+Both share one convolutional encoder and decoder, the family of the LDM / VQ-GAN line of work; where
+its members differ (latent channels, outputs per channel, attentions), an argument says so. Other
+architectures are plugged in by `register`.
 
     encoder:  conv_in → down.0 … down.(n-1) → mid (block, attention, block) → norm, swish, conv_out
     decoder:  conv_in → mid → up.(n-1) … up.0 → norm, swish, conv_out
@@ -28,6 +27,7 @@ kind. This module imports nothing of this project: copy it freely.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -63,10 +63,8 @@ class AutoencoderConfig:
     def __post_init__(self):
         for times in self.channel_multipliers:
             if self.base_channels * times % self.groups:
-                raise ValueError(
-                    f"autoencoder: {self.base_channels} base_channels × {times} do not split into "
-                    f"{self.groups} groups of GroupNorm"
-                )
+                width = f"{self.base_channels} base_channels × {times}"
+                raise ValueError(f"autoencoder: {width} do not split into {self.groups} groups")
 
     @property
     def downsampling(self) -> int:
@@ -137,8 +135,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution. Padding right and below only is the family's habit; weights expect
-    it."""
+    """Halve the resolution. The family pads right and below only; weights expect it."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -201,9 +198,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, base, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([base] + widths[:-1], widths, strict=True)):
-            level = Level(
-                c_in, c_out, config.blocks_per_level, groups, i in config.attention_levels
-            )
+            attention = i in config.attention_levels
+            level = Level(c_in, c_out, config.blocks_per_level, groups, attention)
             if i < len(widths) - 1:
                 level.downsample = Downsample(c_out)
             self.down.append(level)
@@ -212,7 +208,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)  # (B, base, H, W)
+        x = self.conv_in(x.to(self.conv_in.weight.dtype))  # (B, base, H, W)
         for level in self.down:
             x = level(x)
             if hasattr(level, "downsample"):
@@ -233,9 +229,8 @@ class Decoder(nn.Module):
         levels = []
         for i, c_out in enumerate(widths):
             c_in = widths[min(i + 1, len(widths) - 1)]
-            level = Level(
-                c_in, c_out, config.blocks_per_level + 1, groups, i in config.attention_levels
-            )
+            attention = i in config.attention_levels
+            level = Level(c_in, c_out, config.blocks_per_level + 1, groups, attention)
             if i > 0:
                 level.upsample = Upsample(c_out)
             levels.append(level)
@@ -244,7 +239,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(base * config.channel_multipliers[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))  # (B, c, h, w)
+        x = self.mid(self.conv_in(z.to(self.conv_in.weight.dtype)))  # (B, c, h, w)
         for level in reversed(self.up):
             x = level(x)
             if hasattr(level, "upsample"):
@@ -256,11 +251,7 @@ class Decoder(nn.Module):
 # The VAE
 # ------------------------------------------------------------------------------------------------
 class VAE(nn.Module):
-    """The continuous tokenizer v_ae of Alg. 1, line 3.
-
-    Args:
-        config: shape, and the shift and scale of its latents.
-    """
+    """The continuous tokenizer v_ae of Alg. 1, line 3."""
 
     def __init__(self, config: AutoencoderConfig = FLUX_VAE):
         super().__init__()
@@ -269,9 +260,11 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] → raw posterior mean and log-variance, (B, C, h, w)
-        each."""
-        mean, log_variance = self.encoder(images).chunk(2, dim=1)
+        """Images (B, 3, H, W) in [-1, 1] → raw posterior mean and log-variance, (B, C, h, w) each;
+        float32 also where the weights are halves, since an exponential follows."""
+        found = self.encoder(images)  # (B, 2·C, h, w)
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        mean, log_variance = found.chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -314,14 +307,6 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, rows: int = 1024) -> Tensor
     return torch.cat(pieces)
 
 
-class Codebook(nn.Module):
-    """K code vectors, under the name that taming gave them: ``quantize.embedding.weight``."""
-
-    def __init__(self, codes: int, width: int):
-        super().__init__()
-        self.embedding = nn.Embedding(codes, width)
-
-
 class VQGAN(nn.Module):
     """The discrete tokenizer vq-gan of Alg. 2, line 3: an image becomes N integers."""
 
@@ -330,18 +315,18 @@ class VQGAN(nn.Module):
         self.config = config
         self.encoder = Encoder(config, config.latent_channels)
         self.decoder = Decoder(config)
-        self.quantize = Codebook(config.codes, config.code_width)
+        # K code vectors, under the name that taming gave them: ``quantize.embedding.weight``
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.codes, config.code_width)})
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_width, 1)
         self.post_quant_conv = nn.Conv2d(config.code_width, config.latent_channels, 1)
 
     @property
     def codebook(self) -> Tensor:
         """(K, E)"""
-        return self.quantize.embedding.weight
+        return self.quantize["embedding"].weight
 
     def indices(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] → codebook indices (B, N), row by row from the top
-        left."""
+        """Images (B, 3, H, W) in [-1, 1] → codebook indices (B, N), row by row from top left."""
         continuous = self.quant_conv(self.encoder(images))  # (B, E, h, w)
         vectors = rearrange(continuous, "b e h w -> (b h w) e")  # (B·N, E)
         # Distances in half precision would tie codes that differ.
@@ -358,13 +343,51 @@ class VQGAN(nn.Module):
 # Loading. Files of this project carry their configuration in the safetensors header; published
 # files do not, and their layout is the default.
 # ------------------------------------------------------------------------------------------------
-def load_vae(path: str | Path, config: AutoencoderConfig = FLUX_VAE) -> VAE:
-    """A frozen VAE in eval mode from a safetensors file.
+_REGISTERED: dict[str, Callable[[str], nn.Module]] = {}
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not safetensors, or tensors that do not fit; the first mismatch is named.
+
+def register(ending: str, load: Callable[[str], nn.Module]) -> None:
+    """Teach `load_vae`, `load_vqgan` and --plan another architecture. Stable Diffusion's VAE, for
+    example, takes these lines in a script of one's own that ends as train.py does::
+
+        class StableDiffusionVAE(VAE):  # `latents` and `encode` are inherited
+            def __init__(self, path):
+                torch.nn.Module.__init__(self)
+                self.config = AutoencoderConfig(latent_channels=4, shift=0.0, scale=0.18215)
+                self.model = diffusers.AutoencoderKL.from_pretrained(Path(path).parent)
+            def moments(self, images):
+                posterior = self.model.encode(images).latent_dist
+                return posterior.mean, posterior.logvar
+            def decode(self, latents):
+                return self.model.decode(latents / self.config.scale).sample
+        register("diffusion_pytorch_model.safetensors", StableDiffusionVAE)
+
+    Args:
+        ending: of the paths that `load` is for, such as a file's name.
+        load: path → module with a dataclass `config` (latent_channels, downsampling), `moments`,
+            `latents` and `decode` as in `VAE`; or (codes, code_width, downsampling), `indices`,
+            `codebook` and `decode` as in `VQGAN`. It is frozen and set to eval mode here.
     """
+    _REGISTERED[ending] = load
+
+
+def registered(path: str | Path, *needs: str) -> nn.Module | None:
+    """The frozen tokenizer of a file that `register` is for, else None; `needs`: its attributes."""
+    load = next((load for end, load in _REGISTERED.items() if str(path).endswith(end)), None)
+    if load is None or not Path(path).is_file():
+        return None
+    with torch.device("cpu"):  # a plan is made on another
+        module = load(str(path))
+    if lacks := [name for name in needs if not hasattr(module, name)]:
+        raise ValueError(f"{path}: the tokenizer registered for it has no {', no '.join(lacks)}")
+    return module.eval().requires_grad_(False)
+
+
+def load_vae(path: str | Path, config: AutoencoderConfig = FLUX_VAE) -> VAE:
+    """A frozen VAE in eval mode from a safetensors file. Raises: FileNotFoundError; ValueError
+    where it is not safetensors, or for the first tensor that does not fit."""
+    if module := registered(path, "config", "moments", "latents", "decode"):
+        return module
     state, text = _read("VAE", path, "FLUX.1's is ae.safetensors of its repository")
     if text:
         config = config_from_text(text, AutoencoderConfig, path)
@@ -374,12 +397,12 @@ def load_vae(path: str | Path, config: AutoencoderConfig = FLUX_VAE) -> VAE:
 def load_vqgan(path: str | Path, config: VQGANConfig = TAMING_VQGAN) -> VQGAN:
     """A frozen VQ-GAN in eval mode: safetensors, or taming's own ``last.ckpt``.
 
-    The size of the codebook is read off the file. Of a checkpoint, the discriminator and the
-    perceptual loss (``loss.*``) are dropped: they trained the VQ-GAN and are no part of it.
+    K is read off the file. What trained the VQ-GAN and is no part of it (``loss.*``) is dropped.
 
-    Raises: as `load_vae`; a ckpt that holds more than tensors and plain values is refused, with the
-        one-time conversion in the message.
+    Raises: as `load_vae`; for a ckpt that holds other objects, with the one-time conversion.
     """
+    if module := registered(path, "config", "indices", "codebook", "decode"):
+        return module
     state, text = _read("VQ-GAN", path, "taming-transformers publishes f16 ones, K 1024 and 16384")
     state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
     if text:
@@ -392,6 +415,8 @@ def load_vqgan(path: str | Path, config: VQGANConfig = TAMING_VQGAN) -> VQGAN:
 def published_config(path: str | Path, config: AutoencoderConfig) -> AutoencoderConfig:
     """The configuration a weights file will have, from its header alone; `config` where the file is
     absent or published (a VQ-GAN's K is then read off the shape of its codebook)."""
+    if module := registered(path, "config"):
+        return module.config
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return config
     with safe_open(path, "pt") as file:
@@ -470,6 +495,5 @@ def config_from_text(text: str, kind: type, path: str | Path = "text") -> Autoen
     try:
         return kind(**fields)
     except TypeError as error:
-        raise ValueError(
-            f"weights: {path} is of another kind, no {kind.__name__} ({error})"
-        ) from None
+        what = f"weights: {path} is of another kind, no {kind.__name__}"
+        raise ValueError(f"{what} ({error})") from None

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from flow_denoiser import FlowDenoiser
 from genhancer import GenHancer
 from perceiver_denoiser import PerceiverDenoiser
-from pretrained.autoencoders import FLUX_VAE, TAMING_VQGAN, VAE, VQGAN, published_config
+from pretrained.autoencoders import FLUX_VAE, TAMING_VQGAN, VAE, VQGAN, published_config, registered
 from pretrained.backbones import build_clip, describe_clip
 from pretrained.flux import FLUX_TRANSFORMER
 from settings import Settings
@@ -78,18 +78,20 @@ def skeleton(settings: Settings, half: bool = False) -> tuple[torch.nn.Module, G
     with torch.device("meta"):
         clip = build_clip(info).eval()
         if settings.denoiser == "flow":
-            tokenizer = VAE(published_config(settings.vae, FLUX_VAE))
+            vae = registered(settings.vae)
+            tokenizer = vae or VAE(published_config(settings.vae, FLUX_VAE))
             config = FLUX_TRANSFORMER
             if not settings.flux:
                 config = assemble.flow_config(settings, tokenizer.config.latent_channels)
             denoiser = FlowDenoiser(config)
         else:
-            tokenizer = VQGAN(published_config(settings.vqgan, TAMING_VQGAN))
+            vqgan = registered(settings.vqgan)
+            tokenizer = vqgan or VQGAN(published_config(settings.vqgan, TAMING_VQGAN))
             config = assemble.perceiver_config(settings, info.image_size, tokenizer.config)
             denoiser = PerceiverDenoiser(config)
+        tokenizer.eval().requires_grad_(False).to("meta")  # a registered one brings its weights
         if settings.flux:  # as `load_flux` leaves it
             denoiser = denoiser.to(torch.bfloat16 if half else torch.float32).requires_grad_(False)
-        tokenizer.eval().requires_grad_(False)
         return clip, assemble.join(settings, clip, info, tokenizer, denoiser)
 
 
