@@ -28,6 +28,7 @@ kind. This module imports nothing of this project: copy it freely.
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -295,14 +296,15 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, rows: int = 1024) -> Tensor
     is made `rows` at a time, so that no (R, K) tensor ever exists: 16 images of 384 px and
     K = 16384 would need 604 MB for it.
     """
-    half_squares = 0.5 * codebook.square().sum(1)  # (K,)
-    # TF32 keeps ten bits of a product: enough for a gradient, not to tell near codes apart.
-    allowed = torch.backends.cuda.matmul.allow_tf32
+    # TF32 keeps ten bits of a product and bf16 seven: enough for a gradient, not to tell near codes
+    # apart. (The meta device of a plan knows no autocast.)
+    kind, allowed = vectors.device.type, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    pieces = [
-        torch.argmin(torch.addmm(half_squares, piece, codebook.T, alpha=-1), dim=1)  # (rows,)
-        for piece in vectors.split(rows)
-    ]
+    exact = torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext()
+    with exact:
+        half_squares = 0.5 * codebook.square().sum(1)  # (K,)
+        products = (torch.addmm(half_squares, x, codebook.T, alpha=-1) for x in vectors.split(rows))
+        pieces = [product.argmin(1) for product in products]  # (rows,) each
     torch.backends.cuda.matmul.allow_tf32 = allowed
     return torch.cat(pieces)
 
@@ -329,7 +331,6 @@ class VQGAN(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] → codebook indices (B, N), row by row from top left."""
         continuous = self.quant_conv(self.encoder(images))  # (B, E, h, w)
         vectors = rearrange(continuous, "b e h w -> (b h w) e")  # (B·N, E)
-        # Distances in half precision would tie codes that differ.
         return nearest_codes(vectors.float(), self.codebook.float()).view(len(images), -1)  # (B, N)
 
     def decode(self, indices: Tensor) -> Tensor:

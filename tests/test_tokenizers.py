@@ -2,6 +2,9 @@
 
 import copy
 import inspect
+import os
+import subprocess
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +80,9 @@ def test_a_foreign_vae_gives_its_own_numbers(plugged_in):
         assert torch.allclose(mean, posterior.mean, atol=1e-6)
         assert torch.allclose(log_variance, posterior.logvar, atol=1e-5)
         latents = vae.encode(images)
-        assert torch.allclose(latents, posterior.mean * 0.18215) and latents.shape == (2, 4, 8, 8)
-        assert torch.allclose(vae.decode(latents), model.decode(posterior.mean).sample, atol=1e-6)
+        assert torch.allclose(latents, posterior.mean * 0.18215, atol=1e-6)
+        assert latents.shape == (2, 4, 8, 8)
+        assert torch.allclose(vae.decode(latents), model.decode(posterior.mean).sample, atol=1e-5)
 
 
 def test_three_steps_of_both_stages_on_a_foreign_vae(plugged_in):
@@ -91,6 +95,30 @@ def test_three_steps_of_both_stages_on_a_foreign_vae(plugged_in):
         assert len(found) == 3 and all(0 < m["loss"] < 100 for m in found)
         assert all(m["gradient_norm"] > 0 for m in found)
     assert model.architecture()["tokenizer"]["latent_channels"] == 4
+
+
+def test_a_script_of_ones_own_is_train_py_with_another_vae(diffusers_vae, tmp_path):
+    """Imports, the example, train.py's last lines: as docs/BACKBONES.md says."""
+    head = "from pathlib import Path\nimport diffusers, torch\nfrom train import *\n"
+    head += "from pretrained.autoencoders import *\n"
+    end = (ROOT / "train.py").read_text().rpartition("\nif __name__")
+    script = tmp_path / "my_train.py"
+    script.write_text(f"{head}{lines_of_register()}\n{end[1]}{end[2]}")
+    flags = ["--vae", str(diffusers_vae[1]), "--runs", str(tmp_path), "--toy_images", "16"]
+    for name, value in FLOW.items():
+        flags += [f"--{name}", str(value)]
+    flags += ["--stage1_steps", "3", "--stage2_steps", "2", "--workers", "0"]
+    done = subprocess.run(
+        [sys.executable, script, *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "toy" / "enhanced" / "open_clip_model.safetensors").is_file()
+    flags += ["--name", "other"]
+    done = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True)
+    assert done.returncode == 2 and b"does not fit" in done.stderr, "without the lines"
 
 
 def test_a_plan_counts_a_foreign_vae(plugged_in):
@@ -187,6 +215,17 @@ def test_halves_find_nearly_the_same_codes():
             assert found.shape == indices.shape and found.dtype == torch.long
             assert (found == indices).float().mean() > 0.9
         assert half.decode(indices).shape == images.shape
+
+
+def test_codes_are_compared_in_float32_whatever_autocast_says():
+    """Two codes that differ in the ninth bit: bf16's product knows seven."""
+    codebook = torch.tensor([[1.0, 0.0], [1.0 + 2**-9, 0.0], [1.0 + 2**-8, 0.0]])
+    vectors = codebook.flip(0).repeat(2, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ae.nearest_codes(vectors, codebook).tolist() == [2, 1, 0] * 2
+    assert torch.is_autocast_enabled("cpu") is False
+    with torch.device("meta"):
+        assert ae.nearest_codes(torch.zeros(5, 2), torch.zeros(3, 2)).shape == (5,)
 
 
 # -- order in memory -----------------------------------------------------------------------------
