@@ -45,11 +45,11 @@ def command_line() -> Settings:
 
 
 def start() -> None:
-    """Ends the process for a mistake, and for a run that is finished."""
+    """Ends the process for a mistake, and for a run that is finished. (Of many processes the main
+    one decides that, and must first be able to tell the others.)"""
     settings = command_line()
-    if not settings.plan and (line := finished(settings)):
-        if os.environ.get("RANK", "0") == "0":
-            print(line)
+    if not settings.plan and "RANK" not in os.environ and (line := finished(settings)):
+        print(line)
         raise SystemExit(0)
 
 
@@ -69,6 +69,7 @@ from training.enhanced import write_enhanced
 from training.process import (
     Process,
     accumulating,
+    agreed,
     clear_gradients,
     ending_well,
     start_process,
@@ -274,6 +275,10 @@ def main(settings: Settings) -> None:
         return
     process = start_process(settings.precision)
     with ending_well(process, saved(settings)):
+        if line := agreed(finished(settings), process):
+            if process.is_main:
+                print(line)
+            return
         # What can be refused comes first: the pictures, then the models, then what they make of
         # the pictures.
         pictures = assemble.find_data(settings, process)  # no captions

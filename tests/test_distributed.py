@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from tiny_runs import PERCEIVER, TINY, equal, metrics, tensors
+from tiny_runs import PERCEIVER, TINY, equal, metrics, tensors, train_here
 
 
 def launch(ranks, runs, name, *extra, tiny=TINY, script=ROOT / "train.py", options=()):
@@ -204,6 +204,31 @@ def test_a_users_mistake_under_torchrun_is_a_line_of_a_rank(tmp_path):
     done = subprocess.run(command, capture_output=True, **ALONE)
     assert done.returncode and "train.py, rank 0: --data: no folder and no file" in done.stderr
     assert 'train.py", line' not in done.stderr, "no traceback of ours"
+
+
+def test_ranks_that_see_different_runs_refuse(tmp_path):
+    """--runs on each machine's own disk: rank 0 would go on from step 6, rank 1 from nothing."""
+    tiny = [*TINY, "--stage", "1", "--micro_batch", "4"]
+    assert train_here(tmp_path / "runs0", "x", tiny=tiny).returncode == 0
+    own_disks = tmp_path / "own_disks.py"
+    own_disks.write_text(
+        "import os, runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from training import stages\n"
+        "stages.PATIENCE = 0.5\n"
+        "sys.argv[2] += os.environ['RANK']\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    for steps, words in (
+        ("9", "is there for rank 0 and not for rank 1: --runs must be a folder that all machines"),
+        ("6", ""),  # finished, says rank 0, and rank 1 ends too
+    ):
+        flags = [*tiny, "--stage1_steps", steps, "--schedule", "constant"]
+        train_here(tmp_path / "runs0", "x", tiny=flags) if steps == "6" else None
+        command = launch(2, tmp_path / "runs", "x", tiny=flags, script=own_disks)
+        done = subprocess.run(command, capture_output=True, **ALONE)
+        assert (words in done.stderr) and bool(done.returncode) == bool(words), done.stderr[-2000:]
+        assert 'train.py", line' not in done.stderr
 
 
 def test_unreadable_images_are_counted_over_all_ranks(tmp_path):

@@ -26,6 +26,8 @@ from training.preflight import other_run, read_state, require_same
 from training.process import Process, agreed, in_parallel, union_over_ranks
 from training.sharding import shared_out
 
+PATIENCE = 30  # seconds; a network drive may be late
+
 
 @dataclass
 class Stage:
@@ -180,7 +182,7 @@ def newest_for_all(folder: Path, process: Process) -> Path | None:
     """
     found = ckpt.checkpoints_in(folder)
     newest = agreed(found[-1] if found else None, process)
-    deadline = time.time() + 30  # a network drive may be late
+    deadline = time.time() + PATIENCE
     while newest and not newest.is_dir() and time.time() < deadline:
         time.sleep(0.2)
     blind = {str(process.rank)} if newest and not newest.is_dir() else set()
