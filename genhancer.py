@@ -70,7 +70,7 @@ class Paradigm(nn.Module):
         A VAE's activations grow large enough to hurt in bf16, and a VQ-GAN's rounding to codes
         would be another one: in bf16 are only tokenizers that were brought to it on purpose.
         """
-        dtype = next(self.tokenizer.parameters()).dtype
+        dtype = next(self.tokenizer.parameters(), x).dtype  # one of rules alone has no weights
         with torch.autocast(x.device.type, enabled=False):
             return run(x.to(dtype) if x.is_floating_point() else x)
 
