@@ -59,8 +59,10 @@ def reconstruct(
     known = {"steps", "ratio" if "order" in draws else "noise"}
     if wrong := how.keys() - known:
         raise ValueError(f"reconstruct: this paradigm knows {sorted(known)}, not {sorted(wrong)}")
-    # A denoiser that is kept in bf16 (FLUX's) computes in it, as in training.
-    half = next(model.paradigm.denoiser.parameters()).dtype == torch.bfloat16
+    # Weights that are kept in bf16 (FLUX's, and all frozen ones on a GPU) need it, as in training.
+    parts = *model.visual.parameters(), *model.paradigm.denoiser.parameters()
+    half = any(p.dtype == torch.bfloat16 for p in parts)
+    half = half or torch.is_autocast_enabled(images.device.type)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
         rows = draw(model.paradigm, images, draws, (told, given), {"seed": seed, **how})
     return {"original": Row(images, "original"), **rows}
