@@ -10,9 +10,13 @@ PY = $(VENV)/bin/python
 
 .PHONY: demo test notebooks clean
 
+# Both trainings at once, a core each: two cores on one of them would wait for each other at every
+# product, and for a busy neighbour.
 demo: $(VENV)/.core
-	$(PY) train.py --name demo --stage1_steps 800 --stage2_steps 300
-	$(PY) train.py --name demo-perceiver --denoiser perceiver --stage1_steps 1500 --stage2_steps 450
+	@trap 'kill $$other 2>/dev/null' INT TERM EXIT; \
+	TQDM_POSITION=1 OMP_NUM_THREADS=1 $(PY) train.py --name demo-perceiver --denoiser perceiver \
+		--stage1_steps 1500 --stage2_steps 450 & other=$$!; \
+	OMP_NUM_THREADS=1 $(PY) train.py --name demo --stage1_steps 800 --stage2_steps 300 && wait $$other
 	$(PY) eval_mmvp.py --model toy/clip.safetensors --model runs/demo --model runs/demo-perceiver
 	@echo "pictures: runs/demo/samples, runs/demo-perceiver/samples, runs/demo/eval, runs/demo-perceiver/eval"
 
