@@ -116,18 +116,18 @@ class Continuous(Paradigm):
         self.draw = partial(draw_noise, times=times, shape=self.latent_shape)
 
     def tokenize(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) in [0, 1] → the posterior of x̃_1: "mean" and "log_variance"
-        (B, C, h, w)."""
+        """Images (B, 3, H, W) in [0, 1] → the posterior of x̃_1: "mean" and, where it is sampled,
+        "log_variance" (B, C, h, w)."""
         # in [-1, 1]; Alg. 1, line 3
-        moments = self.own_precision(self.tokenizer.moments, images * 2 - 1)
-        return dict(zip(("mean", "log_variance"), moments, strict=True))
+        mean, log_variance = self.own_precision(self.tokenizer.moments, images * 2 - 1)
+        return {"mean": mean} | ({"log_variance": log_variance} if self.sample_posterior else {})
 
     def hide(self, tokens: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the denoiser sees, "x_t" (B, C, h, w) and "t" (B,), and what it must give back,
         "velocity" (B, C, h, w)."""
         noise = draws["posterior"] if self.sample_posterior else None
-        mean, log_variance = tokens["mean"].float(), tokens["log_variance"].float()
-        data = self.tokenizer.latents(mean, log_variance, noise)  # x̃_1 (B, C, h, w)
+        log_variance = tokens["log_variance"].float() if self.sample_posterior else None
+        data = self.tokenizer.latents(tokens["mean"].float(), log_variance, noise)  # x̃_1
         x_t, velocity = flow.straight_path(data, draws["noise"], draws["t"])  # Alg. 1, line 4
         return {"x_t": x_t, "t": draws["t"], "velocity": velocity}
 
@@ -337,7 +337,7 @@ class GenHancer(nn.Module):
     # -- one step --------------------------------------------------------------------------------
     def forward(
         self,
-        images: Tensor,
+        images: Tensor | None,
         draws: dict[str, Tensor] | None = None,
         cached: dict[str, Tensor] | None = None,
         measure_drift: bool = False,
@@ -346,7 +346,7 @@ class GenHancer(nn.Module):
         are its lines 12-16, Alg. 2, lines 3-6 its lines 11-14.
 
         Args:
-            images: (B, 3, H, W) in [0, 1].
+            images: (B, 3, H, W) in [0, 1]; None: `cached` and `draws` say all; see `must_look`.
             draws: the batch's randomness; drawn from PyTorch's global generator if None.
             cached: what `precompute(images)` returned earlier, to save computing it again.
             measure_drift: report 1 − cos to the original features also where λ is 0.
@@ -354,7 +354,8 @@ class GenHancer(nn.Module):
             ratio each was taken at, "level" (B,), "accuracy" (B,) of a discrete denoiser, and
             "drift" (B,) where measured.
         """
-        self.check_images(images, values=draws is None)  # a training loop knows its images
+        if images is not None or self.must_look or not cached:
+            self.check_images(images, values=draws is None)  # a training loop knows its images
         if draws is None:
             draws = self.draw_from(torch.randint(2**62, (len(images) + 1,)).tolist(), images.device)
         with torch.no_grad():
@@ -379,11 +380,17 @@ class GenHancer(nn.Module):
                 result["loss"] = result["loss"] + self.drift_weight * drift.mean()  # Eq. (5)
         return result
 
+    @property
+    def must_look(self) -> bool:
+        """Whether the condition needs the images themselves, whatever is known of them: patch
+        tokens are not kept, and a tower that learns sees something else each time."""
+        return self.tower_learns or self.local_ratio > 0
+
     def encode(self, images: Tensor, cached: dict | None = None) -> tuple[Tensor, Tensor | None]:
         """v_θ(x): the global token (B, d), and the patch tokens (B, P, p) where the condition takes
         them. A tower that does not learn gives the same token every time, so a cached one will do.
         """
-        if cached and not self.tower_learns and not self.local_ratio:
+        if cached and not self.must_look:
             return cached["original"], None
         return encode_visual(self.visual, self.normalise(images), local=self.local_ratio > 0)
 
@@ -448,6 +455,8 @@ class GenHancer(nn.Module):
         """Raises: ValueError unless (B, 3, H, W), floating point, at CLIP's resolution; and unless
         in [0, 1], if asked for the values too (a GPU has to wait for them)."""
         expected = (3, self.info.image_size, self.info.image_size)
+        if images is None:
+            raise ValueError("images: None, where these must be looked at")
         if images.ndim != 4 or images.shape[1:] != expected or not images.is_floating_point():
             got = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"images: expected floats {('B', *expected)}, got {got}")

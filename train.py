@@ -120,9 +120,11 @@ def train_step(stage: Stage, pieces: list[dict], measure_drift: bool = False) ->
     return {"loss": loss, "gradient_norm": norm, "lr": lr, **per_image}
 
 
-def inputs_of(batch: dict, device: torch.device) -> tuple[torch.Tensor, dict, dict | None]:
-    """Images (B, 3, H, W), their randomness, and what was computed of them before the run."""
-    images = as_floats(batch["image"].to(device, non_blocking=True))
+def inputs_of(batch: dict, device: torch.device) -> tuple[torch.Tensor | None, dict, dict | None]:
+    """Images (B, 3, H, W), their randomness, and what was computed of them before the run. (Where
+    that is all that a stage asks for, no images were read.)"""
+    images = batch.get("image")
+    images = None if images is None else as_floats(images.to(device, non_blocking=True))
     cached = on_device(batch["cached"], device) if "cached" in batch else None
     return images, on_device(batch["draws"], device), cached
 
@@ -285,7 +287,7 @@ def main(settings: Settings) -> None:
         check_run(settings, len(pictures))
         _, model = assemble.build_model(settings, process)
         assemble.warn_of_toy_tokenizer(settings, model, pictures, process)
-        dataset = assemble.hold(pictures, model, process) if settings.cache else pictures
+        dataset = assemble.hold(pictures, model, settings, process)
         for number in stages_of(settings):
             if model is None:
                 _, model = assemble.build_model(settings, process)

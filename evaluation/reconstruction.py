@@ -83,9 +83,7 @@ def psnr(images: Tensor, others: Tensor) -> float:
 
 def _latent(paradigm, moments: dict[str, Tensor]) -> Tensor:
     """The posterior's mean, as the denoiser sees latents."""
-    return paradigm.tokenizer.latents(
-        moments["mean"].float(), moments["log_variance"].float(), None
-    )
+    return paradigm.tokenizer.latents(moments["mean"].float(), moments.get("log_variance"), None)
 
 
 def _decode(paradigm, tokens: Tensor) -> Tensor:

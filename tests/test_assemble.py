@@ -89,5 +89,5 @@ def test_toy_scenes_are_for_a_clip_of_their_size(tmp_path):
     large = Settings.of("toy", clip=f"ViT-B-32-quickgelu:{tmp_path / 'w.pt'}")
     with pytest.raises(ValueError, match="toy scenes have 64 px, .* looks at 224: give --data"):
         assemble.find_data(large, HERE)
-    with pytest.raises(ValueError, match="--cache would hold 60000 images of 64 px"):
+    with pytest.raises(ValueError, match="--cache memory would hold 60000 images of 64 px"):
         assemble.find_data(Settings.of("toy", toy_images=60_000), HERE)

@@ -237,7 +237,7 @@ def test_unreadable_images_are_counted_over_all_ranks(tmp_path):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i:02d}.png")
     for i in (3, 17):
         (tmp_path / f"{i:02d}.png").write_bytes(b"broken")
-    tiny = [*TINY, "--stage", "1", "--micro_batch", "4", "--data", str(tmp_path), "--no-cache"]
+    tiny = [*TINY, "--stage", "1", "--micro_batch", "4", "--data", str(tmp_path), "--cache", ""]
     tiny += ["--stage1_steps", "20"]
     done = subprocess.run(launch(2, tmp_path, "bad", tiny=tiny), capture_output=True, **ALONE)
     assert done.returncode and "2 of 30 images cannot be read, more than 5 %" in done.stderr

@@ -141,7 +141,7 @@ def test_stages_one_by_one_equal_both(straight, tmp_path):
 def test_accumulation_and_cache_change_next_to_nothing(straight, tmp_path):
     """The same global batch in four pieces, and without the cache, up to rounding."""
     assert train_here(tmp_path, "a", "--stage", "1", "--micro_batch", "4").returncode == 0
-    assert train_here(tmp_path, "b", "--stage", "1", "--no-cache").returncode == 0
+    assert train_here(tmp_path, "b", "--stage", "1", "--cache", "").returncode == 0
     for name in "ab":
         for key, value in tensors(straight, 1).items():
             assert torch.allclose(tensors(tmp_path / name, 1)[key], value, atol=2e-4), (name, key)

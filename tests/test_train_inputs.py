@@ -73,7 +73,7 @@ def tar_shards(folder, photos):
 def test_tar_shards_both_stages_and_a_resume(tmp_path):
     """Read by worker processes; the cut shard is named, and its whole pictures are used."""
     folder = tar_shards(tmp_path / "shards", photos(tmp_path / "photos"))
-    flags = ["--data", f"{folder}/{{00000..00001}}.tar", "--no-cache", "--workers", "2"]
+    flags = ["--data", f"{folder}/{{00000..00001}}.tar", "--cache", "", "--workers", "2"]
     done = train_here(tmp_path, "straight", *flags, "--crop_white")
     assert done.returncode == 0 and "00001.tar is cut off" in done.stdout
     assert read_settings(tmp_path / "straight" / "stage1")["images"] == 11

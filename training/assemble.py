@@ -25,7 +25,7 @@ from settings import TOY_DIR, Settings, settings_of_run
 from toy.world import IMAGE_SIZE as TOY_SIZE
 from toy.world import ToyScenes
 from training import checkpoints as ckpt
-from training import speed
+from training import feature_cache, speed
 from training.preflight import read_state, require_same
 from training.process import Process, start_process, union_over_ranks, wait_for_slowest
 from training.shards import ShardIndex, is_shard_pattern
@@ -218,9 +218,14 @@ def find_data(settings: Settings, process: Process) -> Dataset:
         raise ValueError(
             f"toy scenes have {TOY_SIZE} px, {settings.clip} looks at {size}: give --data"
         )
-    # 50 000 toy scenes with their features are about 2 GB: beyond that a cache is a mistake.
-    if settings.cache and len(pictures) * size**2 > 50_000 * TOY_SIZE**2:
-        raise ValueError(f"--cache would hold {len(pictures)} images of {size} px: use --no-cache")
+    # 50 000 toy scenes with their features are about 2 GB: beyond that memory is the wrong place.
+    if settings.cache == "memory" and len(pictures) * size**2 > 50_000 * TOY_SIZE**2:
+        raise ValueError(
+            f"--cache memory would hold {len(pictures)} images of {size} px: give a folder, "
+            "--cache DIR, or '' for none"
+        )
+    if settings.cache != "memory" and Path(settings.cache).is_file():
+        raise ValueError(f"--cache {settings.cache} is a file: give a folder")
     return pictures
 
 
@@ -270,15 +275,25 @@ def warn_of_toy_tokenizer(
     )
 
 
-def hold(pictures: Dataset, model: GenHancer, process: Process) -> Dataset:
-    """The training set in memory, with everything that the frozen parts make of it (--cache)."""
+def hold(pictures: Dataset, model: GenHancer, settings: Settings, process: Process) -> Dataset:
+    """The training set together with everything that the frozen parts make of it, computed once
+    (--cache): in memory or on the disk, with the same numbers; or the pictures alone.
+
+    Raises: ValueError as `disk_cache` does.
+    """
+    if not settings.cache:
+        return pictures
+    model.eval()
+    if settings.cache != "memory":
+        return feature_cache.disk_cache(pictures, model, settings, process)
 
     def encode(images):
-        cached = model.eval().precompute(images.to(process.device))
-        return {k: v.float() if v.is_floating_point() else v for k, v in cached.items()}
+        found = model.precompute(as_floats(images.to(process.device)))
+        return feature_cache.as_used(feature_cache.as_stored(found, settings.cache_dtype))
 
     def bar(chunks):
         what = "encoding pictures once"
         return tqdm(chunks, what, unit="chunk", leave=False, disable=not process.is_main)
 
-    return CachedPictures(pictures, encode, bar)
+    chunk = feature_cache.images_at_once(model.info.image_size)
+    return CachedPictures(pictures, encode, bar, chunk)

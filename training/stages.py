@@ -74,6 +74,8 @@ class Stage:
         seed = seed_of("order", self.settings.seed, self.number)
         order = MicroBatches(len(dataset), share, seed, start_step=self.done)
         draws = Draws(self.model.dice(), self.settings.seed, self.number, self.settings.batch)
+        if not self.model.must_look:  # a cache may hold all that this stage asks for
+            dataset = getattr(dataset, "features_alone", dataset)
         stream = batches(dataset, order, self.settings.workers, draws)
         while True:
             yield list(islice(stream, order.accumulation))

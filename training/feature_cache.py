@@ -1,0 +1,441 @@
+"""What the frozen networks make of every picture, computed once and kept on the disk (--cache DIR).
+
+100 000 steps of 256 see each picture of CC3M 8.5 times. Each time the same frozen tokenizer and, in
+stage 1, the same frozen image tower would say the same of it: at full size half of a step's work.
+Here it is written down once, and from then on stage 1 reads 52 kB a picture instead of decoding,
+cropping and encoding one. What is given up are new crops: every epoch sees those of the first. (At
+`--crop_min 0.9` they differ by a few pixels.) The numbers are those that `--cache memory` would
+hold, bit by bit, so a run may go from one to the other.
+
+    DIR/about.json              whose features these are: weights, crops, pictures, types
+    DIR/features-00000.npy      records of some thousand pictures, in the order of the data set
+    DIR/features-00000.json     which pictures among them could not be read, if any
+
+A record holds all of one picture, so that a picture in a random order costs one contiguous read:
+
+    mean, log_variance          of the VAE's posterior, C × h × w each; the second is left out under
+                                --no-posterior, which never looks at it
+    or: indices                 of the VQ-GAN, N
+    original                    CLIP's global token, d, as it was before stage 2
+    crc32                       of the bytes before, so that a damaged disk is noticed
+
+`numpy.load(file, mmap_mode="r")` reads them. Images are not kept: stage 1 does not look at them,
+and the tower of stage 2, which does, gets them from the data set with the crop of the first epoch.
+
+**Whole or absent.** A file is written under another name, flushed and renamed. Which files are
+there is all that a start needs to know: one that was killed is finished by the next. Every file is
+made by one rank alone, so that no two machines ever write into one page of a shared disk.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from data import as_floats, batches
+from genhancer import GenHancer
+from settings import Settings
+from training.preflight import require_same
+from training.process import Process, agreed, union_over_ranks, wait_for_all
+from util.files import fingerprint, write_atomically
+
+LAYOUT = 1  # of files and records; raise it when they change
+# Pictures per file: few enough to lose little in a kill and to deal out evenly, many enough that
+# CC3M's are some hundred files.
+SMALLEST, LARGEST, FILES = 256, 8192, 64
+OPEN = 256  # files that a process keeps mapped; a system allows 1024, sockets and all
+PATIENCE = 30.0  # seconds until what one machine wrote must be seen by another
+
+
+# ------------------------------------------------------------------------------------------------
+# Records
+# ------------------------------------------------------------------------------------------------
+def as_stored(found: dict[str, Tensor], dtype: str) -> dict[str, np.ndarray]:
+    """What `GenHancer.precompute` found, in the types of a record.
+
+    Args: dtype: of what are floats, "fp16" or "fp32"; whole numbers become int32.
+    Raises: ValueError for a number that is beyond the type.
+    """
+    stored = {}
+    for name, tensor in found.items():
+        kind = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
+        kind = kind if tensor.is_floating_point() else torch.int32
+        stored[name] = tensor.to(kind).cpu().numpy()
+        lost = not np.isfinite(stored[name]).all()
+        if lost or (kind is torch.int32 and int(tensor.max()) >= 2**31):
+            raise ValueError(f"--cache: {name} holds numbers that {kind} cannot: {dtype} is no use")
+    return stored
+
+
+def as_used(stored: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """What is stored, as training takes it: float32, and int64 for whole numbers."""
+    kinds = {"f": torch.float32, "i": torch.int64}
+    return {name: torch.from_numpy(v).to(kinds[v.dtype.kind]) for name, v in stored.items()}
+
+
+def record_type(found: dict[str, Tensor], dtype: str) -> np.dtype:
+    """The record of one picture, from what was found of a batch (B, …), on any device."""
+    floats = {"fp16": "<f2", "fp32": "<f4"}[dtype]
+    fields = [
+        (name, floats if tensor.is_floating_point() else "<i4", tuple(tensor.shape[1:]))
+        for name, tensor in found.items()
+    ]
+    return np.dtype([*fields, ("crc32", "<u4")])
+
+
+def cache_bytes(found: dict[str, Tensor], pictures: int, dtype: str) -> int:
+    """Bytes on the disk, of so many pictures. Args: as for `record_type`; meta tensors will do."""
+    return pictures * record_type(found, dtype).itemsize
+
+
+def records_of(found: dict[str, Tensor], dtype: str) -> np.ndarray:
+    """The records (B,) of what was found of a batch."""
+    stored = as_stored(found, dtype)
+    records = np.empty(len(next(iter(stored.values()))), record_type(found, dtype))
+    for name, values in stored.items():
+        records[name] = values
+    records["crc32"] = [checksum(records[i : i + 1]) for i in range(len(records))]
+    return records
+
+
+def checksum(record: np.ndarray) -> int:
+    """Of one record (1,), without the checksum itself, which stands last."""
+    return zlib.crc32(record.view(np.uint8)[:-4])
+
+
+def images_at_once(size: int) -> int:
+    """How many images of `size` pixels a side are encoded together: a power of two, as many pixels
+    as 256 toy scenes have. It is the same for every cache, because the rounding depends on it."""
+    return 2 ** int(np.log2(min(256, max(1, 256 * 64**2 // size**2))))
+
+
+# ------------------------------------------------------------------------------------------------
+# The data set
+# ------------------------------------------------------------------------------------------------
+class FeatureCache(Dataset):
+    """Pictures with what is known of them: items of `pictures` with "cached", asked for by (index,
+    epoch). The epoch makes no difference: the crop is that of the first.
+
+    Args:
+        pictures: the data set that the features are of.
+        folder: of a cache; files that are missing are made by `fill`.
+        record: the type of a record.
+        at_once: images that are encoded together.
+    """
+
+    def __init__(self, pictures: Dataset, folder: Path, record: np.dtype, at_once: int):
+        self.pictures, self.folder, self.record, self.at_once = pictures, folder, record, at_once
+        steps = -(-len(pictures) // (FILES * SMALLEST))
+        self.per_file = min(LARGEST, SMALLEST * steps)
+        self.files = -(-len(pictures) // self.per_file)
+        self.unreadable: dict[int, list[str]] = {}
+        """by index: pictures that could not be read, for which this record's stands in"""
+        self._mapped: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, _ = key
+        item = self.pictures[(index, 0)]
+        unreadable = item.get("unreadable", [])
+        if len(unreadable) != len(self.unreadable.get(index, [])):
+            # It could be read then and cannot now, as on a network disk that is away for a moment:
+            # the features must be those of the picture that stands in for it.
+            index = (index + len(unreadable)) % len(self)
+            if index in self.unreadable:
+                raise ValueError(
+                    f"--cache {self.folder}: {self.unreadable[index][0]} could not be read when "
+                    f"this was made, and can be now: delete {self.path(index // self.per_file)}"
+                )
+        return {**item, "cached": self.features(index)}
+
+    def name(self, index: int) -> str:
+        """What the log calls a picture."""
+        name = getattr(self.pictures, "name", None)
+        return name(index) if name else f"picture {index}"
+
+    @property
+    def features_alone(self) -> Dataset:
+        """The same without images, which are not even decoded."""
+        return _FeaturesAlone(self)
+
+    def features(self, index: int) -> dict[str, Tensor]:
+        """Of one picture, as `as_used` has them. Raises: ValueError where they are damaged."""
+        number, place = divmod(index, self.per_file)
+        record = self.mapped(number)[place : place + 1].copy()  # out of the map, in one read
+        if checksum(record) != record["crc32"][0]:
+            raise ValueError(
+                f"--cache {self.folder}: {self.path(number).name} is damaged: delete that file, "
+                "and the next start makes it again"
+            )
+        return as_used({name: record[name][0] for name in self.record.names[:-1]})
+
+    # -- files -----------------------------------------------------------------------------------
+    def path(self, number: int) -> Path:
+        return self.folder / f"features-{number:05d}.npy"
+
+    def count(self, number: int) -> int:
+        """Pictures in a file; the last one is shorter."""
+        return min(self.per_file, len(self) - number * self.per_file)
+
+    def header(self, number: int) -> bytes:
+        """How the file begins: as any array that NumPy saves."""
+        about = {"descr": self.record.descr, "fortran_order": False, "shape": (self.count(number),)}
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(buffer, about)
+        return buffer.getvalue()
+
+    def bytes_of(self, number: int) -> int:
+        return len(self.header(number)) + self.count(number) * self.record.itemsize
+
+    def is_whole(self, number: int) -> bool:
+        """Whether a file is there, with its beginning and its full length."""
+        header = self.header(number)
+        try:
+            with open(self.path(number), "rb") as file:
+                length = os.fstat(file.fileno()).st_size
+                return length == self.bytes_of(number) and file.read(len(header)) == header
+        except FileNotFoundError:
+            return False
+
+    def missing(self) -> list[int]:
+        """The numbers of files that are not there, or not whole."""
+        return [number for number in range(self.files) if not self.is_whole(number)]
+
+    def mapped(self, number: int) -> np.ndarray:
+        """The records of a file, in the system's own page cache: all processes of a machine share
+        them, and what does not fit into memory stays on the disk."""
+        if number not in self._mapped:
+            if len(self._mapped) >= OPEN:
+                del self._mapped[next(iter(self._mapped))]  # the one that was opened first
+            # A plain array: slicing NumPy's memmap class takes ten times longer.
+            how = {"offset": len(self.header(number)), "shape": (self.count(number),)}
+            self._mapped[number] = np.asarray(np.memmap(self.path(number), self.record, "r", **how))
+        return self._mapped[number]
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_mapped": {}}  # a worker that is spawned maps the files itself
+
+    def read_unreadable(self) -> None:
+        """What the ranks that made the files noted beside them."""
+        for number in range(self.files):
+            with contextlib.suppress(FileNotFoundError):
+                noted = json.loads(self.path(number).with_suffix(".json").read_text())
+                self.unreadable |= {int(index): names for index, names in noted.items()}
+
+
+class _FeaturesAlone(Dataset):
+    """A `FeatureCache` for those who do not look at images."""
+
+    def __init__(self, cache: FeatureCache):
+        self.cache, self.name = cache, cache.name
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, _ = key
+        unreadable = self.cache.unreadable.get(index, [])
+        read = (index + len(unreadable)) % len(self.cache)  # data.py: the next one stands in
+        features = self.cache.features(index)
+        return {"index": read, "unreadable": unreadable, "cached": features}
+
+
+# ------------------------------------------------------------------------------------------------
+# Making it
+# ------------------------------------------------------------------------------------------------
+def disk_cache(
+    pictures: Dataset, model: GenHancer, settings: Settings, process: Process
+) -> FeatureCache:
+    """The pictures with their features, of which this makes what is not there yet. All ranks must
+    call it.
+
+    Raises: ValueError where the folder holds features of other parts, is not the same for all
+        ranks, or has too little space.
+    """
+    folder, size, dtype = Path(settings.cache), model.info.image_size, settings.cache_dtype
+    with torch.no_grad():
+        probe = model.precompute(torch.zeros(1, 3, size, size, device=process.device))
+    cache = FeatureCache(pictures, folder, record_type(probe, dtype), images_at_once(size))
+    claim(folder, whose(cache, model, settings), process)
+
+    def encode(images: Tensor) -> np.ndarray:
+        return records_of(model.precompute(as_floats(images.to(process.device))), dtype)
+
+    fill(cache, encode, settings.workers, process)
+    cache.read_unreadable()
+    return cache
+
+
+def whose(cache: FeatureCache, model: GenHancer, settings: Settings) -> dict:
+    """Everything that decides the numbers of a cache, and where they lie in it."""
+    parts = {"clip": model.visual, "tokenizer": model.paradigm.tokenizer}
+    architecture = model.architecture()
+    crops = {name: getattr(settings, name) for name in ("crop_min", "crop_white", "seed")}
+    types = {name: str(cache.record[name]) for name in cache.record.names}
+    return {
+        **{k: {"weights": fingerprint(v), **architecture[k]} for k, v in parts.items()},
+        "pictures": {"count": len(cache), "names": names_of(cache.pictures), **crops},
+        "records": types,
+        "layout": {"version": LAYOUT, "per_file": cache.per_file, "at_once": cache.at_once},
+    }
+
+
+def names_of(pictures: Dataset) -> str:
+    """A hash that tells a list of pictures from another: of the names, or of where they lie in tar
+    shards. From 300 000 on, of so many spread over the list; all of CC3M's would take seconds."""
+    source, digest = getattr(pictures, "source", None), sha256()
+    if source is None:  # toy scenes follow from the seed
+        return type(pictures).__name__
+    if hasattr(source, "shards"):
+        digest.update("\0".join(shard.name for shard in source.shards).encode())
+        digest.update(np.ascontiguousarray(source.offset).tobytes())
+    else:
+        for index in range(0, len(source), 1 + len(source) // 300_000):
+            name = Path(source.name(index)).name  # the folder may have moved
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def claim(folder: Path, mine: dict, process: Process) -> None:
+    """Make sure that the folder is this cache's, and the same for all ranks. Raises: ValueError."""
+    problem = token = ""
+    if process.is_main:
+        try:
+            token = claimed(folder, mine)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem, token = agreed((problem, token), process)
+    if problem:
+        raise ValueError(problem)
+
+    def seen() -> bool:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return json.loads((folder / "about.json").read_text()).get("token") == token
+        return False
+
+    same_for_all(folder, seen, process)
+
+
+def claimed(folder: Path, mine: dict) -> str:
+    """The token of a folder that holds this cache, or shall from now on; drawn once for each, so
+    that two folders of one name on two machines are told apart."""
+    about = folder / "about.json"
+    if not about.is_file():
+        if any(folder.glob("features-*.npy")):
+            raise ValueError(f"--cache {folder}: features without about.json: delete that folder")
+        theirs = {"token": uuid4().hex, **mine}
+        write_atomically(about, json.dumps(theirs, indent=1))
+        return theirs["token"]
+    try:
+        theirs = json.loads(about.read_text())
+        token = theirs["token"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--cache {folder}: about.json is damaged: delete that folder") from None
+    message = (
+        f"--cache {folder} holds features of other {{what}} ({{difference}}): give another folder, "
+        "or delete that one"
+    )
+    require_same(theirs, mine, message)
+    return token
+
+
+def same_for_all(folder: Path, seen: Callable[[], bool], process: Process) -> None:
+    """Every rank must see what another wrote, if not at once: network disks keep lists for a while.
+    Raises: ValueError on all ranks where one does not."""
+    end = time.monotonic() + PATIENCE
+    while not (found := seen()) and process.ranks > 1 and time.monotonic() < end:
+        time.sleep(0.5)
+    if blind := union_over_ranks(set() if found else {process.rank}, process):
+        raise ValueError(
+            f"--cache {folder}: rank {min(blind)} does not see there what others wrote: give a "
+            "folder that all machines share"
+        )
+
+
+def fill(
+    cache: FeatureCache, encode: Callable[[Tensor], np.ndarray], workers: int, process: Process
+) -> None:
+    """Make the files that are missing, each on one rank.
+
+    Args: encode: images (B, 3, H, W) → records (B,); workers: processes that decode images.
+    Raises: ValueError where the disk is too small, or a rank does not see the others' files.
+    """
+    missing = cache.missing() if process.is_main else []
+    missing, free = agreed((missing, shutil.disk_usage(cache.folder).free), process)
+    if not missing:
+        return
+    if (needed := sum(map(cache.bytes_of, missing))) > free:
+        raise ValueError(
+            f"--cache {cache.folder} needs {needed / 1e9:,.2f} GB more for {len(cache):,} pictures "
+            f"of {cache.record.itemsize / 1e3:.1f} kB, and {free / 1e9:,.2f} GB are free: give a "
+            "folder on a larger disk"
+        )
+    mine = missing[process.rank :: process.ranks]
+    stream = batches(cache.pictures, list(chunks_of(cache, mine)), workers)
+    total = sum(map(cache.count, missing))
+    style = {"unit": "image", "dynamic_ncols": True, "disable": not process.is_main}
+    with tqdm(total=total, desc="encoding pictures once", **style) as bar:
+        for first in range(0, len(missing), process.ranks):
+            together = missing[first : first + process.ranks]
+            if process.rank < len(together):
+                write_file(cache, together[process.rank], stream, encode, bar)
+            # Once a file, so that no rank runs ahead by hours: a waiting NCCL gives up in minutes.
+            wait_for_all(process)
+            bar.update(sum(map(cache.count, missing[: first + len(together)])) - bar.n)
+    same_for_all(cache.folder, lambda: not cache.missing(), process)
+
+
+def chunks_of(cache: FeatureCache, numbers: list[int]) -> Iterator[list]:
+    """The pictures of some files in pieces that are encoded together, as `batches` asks for them:
+    (position, (index, epoch)) each. No piece reaches into the next file."""
+    for number in numbers:
+        first = number * cache.per_file
+        end = first + cache.count(number)
+        for start in range(first, end, cache.at_once):
+            yield [(i, (i, 0)) for i in range(start, min(start + cache.at_once, end))]
+
+
+def write_file(
+    cache: FeatureCache, number: int, stream: Iterator[dict], encode: Callable, bar: tqdm
+) -> None:
+    """One file, whole or not at all, from the next batches of a stream."""
+    path, noted = cache.path(number), {}
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(cache.header(number))
+            for batch in islice(stream, -(-cache.count(number) // cache.at_once)):
+                file.write(encode(batch["image"]).view(np.uint8))
+                unread = zip(batch["position"], batch["unreadable"], strict=True)
+                noted |= {index: names for index, names in unread if names}
+                bar.update(len(batch["position"]))
+            file.flush()
+            os.fsync(file.fileno())
+        # The note first: where the records are, it is there too.
+        path.with_suffix(".json").unlink(missing_ok=True)
+        if noted:
+            write_atomically(path.with_suffix(".json"), json.dumps(noted))
+        with contextlib.suppress(FileNotFoundError):  # see below
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    # What starts that were killed have left. (Were another run making the same file right now, it
+    # would find that it is there already.)
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
