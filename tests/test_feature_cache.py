@@ -256,7 +256,7 @@ def test_each_rank_makes_its_share_and_must_see_the_others(
     told = [("", "the main process's token")]
     monkeypatch.setattr(feature_cache, "agreed", lambda value, process: told.pop(0))
     monkeypatch.setattr(feature_cache, "union_over_ranks", lambda items, process: items)
-    monkeypatch.setattr(feature_cache, "wait_for_all", lambda process: None)
+    monkeypatch.setattr(feature_cache, "wait_for_slowest", lambda process, what: None)
     second = Process(rank=1, ranks=2)
     with pytest.raises(ValueError, match="rank 1 does not see there what others wrote"):
         feature_cache.disk_cache(pictures, model, settings_for(folder), second)
