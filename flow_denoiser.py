@@ -31,6 +31,7 @@ This module imports nothing of this project: copy it freely.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -177,11 +178,26 @@ def rope_axes(head_width: int) -> tuple[int, int, int]:
     return head_width - 2 * side, side, side
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring pairs of features by their angle. x (B, A, N, E), cos/sin (N, E/2)."""
-    even, odd = x[..., 0::2], x[..., 1::2]  # (B, A, N, E/2)
-    turned = cos * even - sin * odd, sin * even + cos * odd  # two of (B, A, N, E/2)
-    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)  # (B, A, N, E)
+@lru_cache(maxsize=64)
+def rope_turns(sizes: tuple[int, ...], axes: tuple[int, ...], theta: float, like) -> Tensor:
+    """e^(i·angle) of T context tokens at (0, 0, 0), then of image tokens at (0, row, column): made
+    once, on the device that uses it, so that no step waits for a copy. `sizes` T, h, w; `like`
+    device and dtype → (T+N, E/2)."""
+    (context, *grid), (device, dtype) = sizes, like
+    with torch.inference_mode(False):  # whoever comes first, all can train with it
+        places = torch.cartesian_prod(*(torch.arange(n, device=device) for n in (1, *grid)))
+        ids = torch.cat([places.new_zeros(context, 3), places])  # (T+N, 3)
+        angles = rope_angles(ids, axes, theta)
+        kind = torch.complex128 if dtype == torch.float64 else torch.complex64
+        return torch.polar(torch.ones_like(angles), angles).to(kind)
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn neighbouring pairs of features, each pair a complex number: one product, no copies.
+    x (B, A, N, E), turns (N, E/2)."""
+    full = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    pairs = torch.view_as_complex(full.unflatten(-1, (-1, 2)))  # (B, A, N, E/2)
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)  # (B, A, N, E)
 
 
 class EmbeddingMLP(nn.Module):
@@ -200,16 +216,14 @@ class EmbeddingMLP(nn.Module):
 # Parts of a block
 # ------------------------------------------------------------------------------------------------
 class RMSNorm(nn.Module):
-    """Divide by the root mean square, in float32, then scale. Last axis."""
+    """Divide by the root mean square (in float32, whatever comes in), then scale. Last axis."""
 
     def __init__(self, width: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        full = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        root = torch.rsqrt(full.square().mean(-1, keepdim=True) + 1e-6)  # (..., 1)
-        return (full * root).to(x.dtype) * self.scale
+        return F.rms_norm(x, x.shape[-1:], self.scale.to(x.dtype), 1e-6)
 
 
 class QKNorm(nn.Module):
@@ -220,8 +234,8 @@ class QKNorm(nn.Module):
         self.query_norm = RMSNorm(head_width)
         self.key_norm = RMSNorm(head_width)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
 
 
 class SelfAttention(nn.Module):
@@ -241,13 +255,12 @@ class SelfAttention(nn.Module):
 def split_heads(qkv: Tensor, heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
     """(B, N, 3·D) → normalised q and k, and v, each (B, A, N, E)."""
     q, k, v = rearrange(qkv, "b n (three heads e) -> three b heads n e", three=3, heads=heads)
-    q, k = norm(q, k, v)
-    return q, k, v
+    return *norm(q, k), v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
     """Rotary softmax attention. q, k, v (B, A, N, E) → (B, N, D)."""
-    out = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v)
+    out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
     return rearrange(out, "b heads n e -> b n (heads e)")
 
 
@@ -294,7 +307,7 @@ class DoubleStreamBlock(nn.Module):
         self.img_mlp, self.txt_mlp = mlp(width, hidden), mlp(width, hidden)
 
     def forward(
-        self, img: Tensor, txt: Tensor, vector: Tensor, rope: tuple[Tensor, Tensor]
+        self, img: Tensor, txt: Tensor, vector: Tensor, rope: Tensor
     ) -> tuple[Tensor, Tensor]:
         """img (B, N, D), txt (B, T, D), vector (B, D) → img and txt, same shapes."""
         # Shift, scale and gate, once for the attention and once for the MLP: (B, 1, D) each.
@@ -330,7 +343,7 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(width // heads)
         self.linear2 = nn.Linear(width + self.hidden, width)
 
-    def forward(self, x: Tensor, vector: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, vector: Tensor, rope: Tensor) -> Tensor:
         """x (B, T+N, D), vector (B, D) → (B, T+N, D)."""
         shift, scale, gate = self.modulation(vector)  # (B, 1, D) each
         fused = self.linear1(modulate(self.pre_norm, x, shift, scale))  # (B, T+N, 3·D + hidden)
@@ -414,34 +427,29 @@ class FlowDenoiser(nn.Module):
         if len(c.axes) != 3 or any(a % 2 or a < 0 for a in c.axes):
             raise ValueError(f"denoiser: RoPE axes {c.axes} must be three even numbers")
         if c.width != c.heads * (axes := sum(c.axes)):
-            what = f"heads {c.heads} × sum of RoPE axes {axes}"
-            raise ValueError(f"denoiser: width {c.width} must be {what}")
+            raise ValueError(f"denoiser: width {c.width} is not heads {c.heads} × RoPE axes {axes}")
         token = 4 * c.latent_channels
         self.img_in = nn.Linear(token, c.width)
         self.time_in = EmbeddingMLP(256, c.width)
         self.vector_in = EmbeddingMLP(c.vector_dim, c.width)
         self.guidance_in = EmbeddingMLP(256, c.width) if c.guidance else None
         self.txt_in = nn.Linear(c.context_dim, c.width)
-        self.double_blocks = nn.ModuleList(
-            DoubleStreamBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.double_blocks)
-        )
-        self.single_blocks = nn.ModuleList(
-            SingleStreamBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.single_blocks)
-        )
+        shape = c.width, c.heads, c.mlp_ratio
+        double = [DoubleStreamBlock(*shape) for _ in range(c.double_blocks)]
+        single = [SingleStreamBlock(*shape) for _ in range(c.single_blocks)]
+        self.double_blocks, self.single_blocks = nn.ModuleList(double), nn.ModuleList(single)
         self.final_layer = FinalLayer(c.width, token)
         self._initialise()
 
     def _initialise(self) -> None:
         """PyTorch's defaults are the official code's choice. AdaLN-zero (DiT) makes every block the
         identity and the output zero at step 0: steadier, and offered beside it."""
-        if self.config.initialisation == "adaln-zero":
+        if (name := self.config.initialisation) == "adaln-zero":
             zeroed = [m.lin for m in self.modules() if isinstance(m, Modulation)]
             zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
-            for linear in zeroed:
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
-        elif self.config.initialisation != "pytorch":
-            name = self.config.initialisation
+            for tensor in (p for linear in zeroed for p in linear.parameters()):
+                nn.init.zeros_(tensor)
+        elif name != "pytorch":
             raise ValueError(f"initialisation {name!r}: expected 'pytorch' or 'adaln-zero'")
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, vector: Tensor) -> Tensor:
@@ -456,18 +464,20 @@ class FlowDenoiser(nn.Module):
         Raises: ValueError where one of them has another shape.
         """
         self._check(x_t, t, context, vector)
-        h, w = x_t.shape[2] // 2, x_t.shape[3] // 2
+        c, h, w = self.config, x_t.shape[2] // 2, x_t.shape[3] // 2
         img = rearrange(x_t, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)  # (B, N, 4·C)
         img = self.img_in(img)  # (B, N, D)
         txt = self.txt_in(context)  # (B, T, D)
 
-        clock = 1 - t if self.config.flux_time else t
+        clock = 1 - t if c.flux_time else t
         modulation = self.time_in(time_embedding(clock)) + self.vector_in(vector)  # (B, D)
         if self.guidance_in is not None:
             strength = torch.full_like(t, self.GUIDANCE)
             modulation = modulation + self.guidance_in(time_embedding(strength))  # (B, D)
 
-        rope = self._rope(h, w, txt.shape[1], img)
+        # Fake tensors (shapes without numbers) are of no use to the next caller, so not kept.
+        turns_of = rope_turns if type(img) is Tensor else rope_turns.__wrapped__
+        rope = turns_of((txt.shape[1], h, w), tuple(c.axes), c.theta, (img.device, img.dtype))
         for block in self.double_blocks:
             img, txt = block(img, txt, modulation, rope)
         x = torch.cat([txt, img], dim=1)  # (B, T+N, D)
@@ -475,7 +485,7 @@ class FlowDenoiser(nn.Module):
             x = block(x, modulation, rope)
         out = self.final_layer(x[:, txt.shape[1] :], modulation)  # (B, N, 4·C)
         out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)  # (B, C, …)
-        return -out if self.config.flux_time else out
+        return -out if c.flux_time else out
 
     def _check(self, x_t: Tensor, t: Tensor, context: Tensor, vector: Tensor) -> None:
         c, batch, even = self.config, len(x_t), "any even"  # a token is 2×2 latents
@@ -488,13 +498,3 @@ class FlowDenoiser(nn.Module):
             ):
                 words = str(shape).replace("'", "")
                 raise ValueError(f"{name}: expected {words}, got {tuple(x.shape)}")
-
-    def _rope(self, h: int, w: int, context_tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for [context, image] tokens: ids (0, 0, 0) and (0, row, column)."""
-        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
-        ids = torch.cat([torch.zeros(context_tokens, 3, dtype=torch.long), image_ids])  # (T+N, 3)
-        # On the CPU, in float64: (T+N, E/2).
-        angles = rope_angles(ids, self.config.axes, self.config.theta)
-        precise = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return angles.cos().to(like.device, precise), angles.sin().to(like.device, precise)

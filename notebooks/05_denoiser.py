@@ -192,7 +192,7 @@ rows, columns = torch.arange(N) // 4, torch.arange(N) % 4  # a 4 × 4 grid of im
 places = torch.stack([torch.zeros(N, dtype=torch.long), rows, columns], 1)  # (N, 3)
 places = torch.cat([torch.zeros(T, 3, dtype=torch.long), places])  # [CLS] is nowhere: (0, 0, 0)
 angles = rope_angles(places, small.axes, small.theta)  # (T+N, E/2)
-rope = angles.cos(), angles.sin()
+rope = torch.polar(torch.ones_like(angles), angles)
 
 # %%
 mine, library = mm_dit(double, img, txt, c, angles), double(img, txt, c, rope)

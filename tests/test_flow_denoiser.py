@@ -1,13 +1,17 @@
 """flow_denoiser.py: samplers against their densities, the path, FLUX's names, counts and time."""
 
+import copy
 import dataclasses
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_DENOISER
 from scipy import integrate, stats
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flow_denoiser as fd
 
@@ -244,7 +248,7 @@ def test_rope_depends_on_relative_position_only():
         turned = []
         for x, position in ((q, p), (k, p2)):
             angles = fd.rope_angles(torch.tensor([position]), axes, theta)
-            turned.append(fd.rotate(x, angles.cos(), angles.sin()))
+            turned.append(fd.rotate(x, torch.polar(torch.ones_like(angles), angles)))
         return float((turned[0] * turned[1]).sum())
 
     assert product((0, 1, 2), (0, 3, 7)) == pytest.approx(product((0, 5, 0), (0, 7, 5)), abs=1e-12)
@@ -277,3 +281,98 @@ def test_adaln_zero_starts_at_zero_and_default_does_not(tiny_denoiser):
 def test_bad_configuration(change, message):
     with pytest.raises(ValueError, match=message):
         fd.FlowDenoiser(dataclasses.replace(TINY_DENOISER, **change))
+
+
+# -- the turns of RoPE: made once, for whoever asks ----------------------------------------------
+class Crossings(TorchDispatchMode):
+    """Counts what makes a step wait: tensors from one device to another, and numbers for Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("_to_copy", "copy_", "lift_fresh"):
+            devices = {x.device for x in (*args, out) if isinstance(x, torch.Tensor)}
+            if len(devices) > 1 or name == "lift_fresh":
+                self.found.append(name)
+        elif name in ("_local_scalar_dense", "item", "nonzero"):
+            self.found.append(name)
+        return out
+
+
+def test_the_counter_of_crossings_counts():
+    with FakeTensorMode(), Crossings() as counter:
+        torch.arange(3).to("cuda")
+        torch.tensor([1.0])
+    assert counter.found == ["_to_copy", "lift_fresh"]
+    with Crossings() as counter:
+        torch.ones(()).item()
+    assert counter.found == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_no_copy_between_devices_and_no_wait_in_forward(guidance):
+    """On a GPU (of fake tensors), from the first call on."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            denoiser = fd.FlowDenoiser(dataclasses.replace(TINY_DENOISER, guidance=guidance))
+            args = inputs(denoiser)
+        with Crossings() as counter:
+            assert denoiser(*args).device.type == "cuda"
+    assert counter.found == []
+
+
+def test_turns_are_made_once_and_belong_to_no_module(tiny_denoiser):
+    args, before = inputs(tiny_denoiser), set(tiny_denoiser.state_dict())
+    fd.rope_turns.cache_clear()
+    for _ in range(3):
+        tiny_denoiser(*args)
+    assert fd.rope_turns.cache_info().misses == 1
+    assert set(tiny_denoiser.state_dict()) == before
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(tiny_denoiser)))
+    assert torch.equal(twin(*args), tiny_denoiser(*args))
+    assert twin.double()(*inputs(twin, torch.float64)).dtype == torch.float64
+    assert fd.rope_turns.cache_info().misses == 2, "another for another precision"
+
+
+def test_turns_of_one_world_do_not_leak_into_another(tiny_denoiser):
+    """Real, fake and meta tensors of one size, in any order; inference before training."""
+    fd.rope_turns.cache_clear()
+    args = inputs(tiny_denoiser)
+    with torch.inference_mode():
+        tiny_denoiser(*args)
+    tiny_denoiser(*args).sum().backward()
+    for _ in range(2):
+        with FakeTensorMode():
+            fake = fd.FlowDenoiser(TINY_DENOISER)
+            assert fake(*inputs(fake)).shape == args[0].shape
+        assert torch.isfinite(tiny_denoiser(*args)).all()
+    on_meta = copy.deepcopy(tiny_denoiser).to("meta")
+    assert on_meta(*(x.to("meta") for x in args)).device.type == "meta"
+    for turns in (tiny_denoiser, on_meta):
+        turns(*(x.to(turns.img_in.weight.device) for x in args))
+    assert fd.rope_turns.cache_info().misses == 2, "the real one and the meta one"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_and_norm_as_they_are_written_down(dtype):
+    """Pairs through a matrix; the root mean square by hand, in float64."""
+    x, angles = torch.randn(2, 3, 5, 16).to(dtype), torch.rand(5, 8, dtype=torch.float64)
+    turned = fd.rotate(x, torch.polar(torch.ones_like(angles), angles).to(torch.complex64))
+    even, odd, (cos, sin) = (
+        x[..., 0::2].double(),
+        x[..., 1::2].double(),
+        (angles.cos(), angles.sin()),
+    )
+    expected = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2)
+    close = {"atol": 1e-6, "rtol": 1e-6} if dtype == torch.float32 else {"atol": 0, "rtol": 2**-8}
+    assert turned.dtype == dtype and torch.allclose(turned.double(), expected, **close)
+    norm = fd.RMSNorm(16)
+    torch.nn.init.uniform_(norm.scale, 0.5, 1.5)
+    by_hand = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    close["rtol"] = max(close["rtol"], 2 * close["rtol"])
+    assert norm(x).dtype == dtype
+    assert torch.allclose(norm(x).double(), by_hand * norm.scale.double(), **close)

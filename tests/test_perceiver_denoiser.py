@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_PERCEIVER
+from test_flow_denoiser import Crossings
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import perceiver_denoiser as pd
 
@@ -282,3 +284,20 @@ def test_gradients_do_not_depend_on_the_order_of_threads():
         assert len(seen) == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("learnt", [0, 3])
+def test_no_copy_between_devices_and_no_wait_in_forward(learnt):
+    """On a GPU (of fake tensors): loss included, nothing is asked of the CPU."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            denoiser = pd.PerceiverDenoiser(
+                dataclasses.replace(TINY_PERCEIVER, learnt_latents=learnt)
+            )
+            codes, condition = torch.randn(3, 16, 6), torch.randn(3, 1, 32)
+            indices = torch.randint(24, (3, 16))
+            visible, masked = pd.split_positions(torch.arange(16).expand(3, -1), 10)
+        with Crossings() as counter:
+            logits = denoiser(codes, visible, masked, condition)
+            loss, _ = pd.masked_cross_entropy(logits, indices, masked)
+    assert loss.device.type == "cuda" and counter.found == []
