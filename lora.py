@@ -85,17 +85,20 @@ class Adapter(nn.Module):
         # Kaiming-uniform with a = √5, as nn.Linear starts and as the LoRA authors chose.
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def forward(self, x: Tensor) -> Tensor:
-        # A tower in half precision hands over halves and wants halves back. Autocast sees to that
-        # itself.
-        half = x.dtype != self.A.dtype and not torch.is_autocast_enabled(x.device.type)
-        low = F.linear(self.dropout(x.to(self.A.dtype) if half else x), self.A)  # (…, r)
-        y = F.linear(low, self.B) * (self.scaling * self.strength)
-        return y.to(x.dtype) if half else y
-
     def delta(self) -> Tensor:
         """The correction as a matrix to add to W, (d_out, d_in)."""
         return (self.scaling * self.strength) * (self.B @ self.A)
+
+
+def drop(x: Tensor, p: float) -> Tensor:
+    """Dropout. A CPU spends most of its time on drawing a double for every element; sixteen bits
+    do, with p a multiple of 2⁻¹⁶ and what stays scaled by that very p."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    stays = max(1, round((1 - p) * 2**16))
+    mask = (bits.view(torch.int16)[: x.numel()] < stays - 2**15).view(x.shape)
+    return x * (mask.to(x.dtype) * (2**16 / stays))
 
 
 class LoRAWrapper(nn.Module):
@@ -114,8 +117,7 @@ class LoRAWrapper(nn.Module):
         self.adapters = nn.ModuleDict()
         # Values before training of the biases that train: where strength 0 goes back to.
         self.given_biases: dict[str, Tensor] = {}
-        self._before_merge: dict[str, Tensor] = {}
-        self.merged = False
+        self.merged, self._before_merge = False, {}
 
     def __getattr__(self, name: str):
         try:
@@ -127,6 +129,22 @@ class LoRAWrapper(nn.Module):
     def biases(self) -> dict[str, nn.Parameter]:
         """The base's bias parameters by name: what the "lora_only" policy trains."""
         return {name: p for name, p in self.base.named_parameters() if name.endswith("bias")}
+
+    def corrected(self, y: Tensor, x: Tensor, names: Iterable[str]) -> Tensor:
+        """y + what these n adapters make of one x, side by side. x (…, d_in), y (…, n·d_out). They
+        share a dropout mask, as where LoRA's authors adapt a packed matrix, so x is read once; and
+        α/r scales the few numbers between A and B, not the many behind B."""
+        if self.merged:
+            return y
+        adapters = [self.adapters[name] for name in names]
+        first, a = adapters[0], torch.cat([adapter.A for adapter in adapters])  # (n·r, d_in)
+        # A tower in half precision hands over halves and wants halves back; autocast sees to both.
+        half = x.dtype != a.dtype and not torch.is_autocast_enabled(x.device.type)
+        x = x.to(a.dtype) if half else x
+        seen = drop(x, first.dropout.p) if self.training and first.dropout.p else x
+        low = F.linear(seen, a) * (first.scaling * first.strength)  # (…, n·r)
+        more = F.linear(low, torch.block_diag(*[adapter.B for adapter in adapters]))  # (…, n·d_out)
+        return y + (more.to(y.dtype) if half else more)
 
     def delta(self, name: str) -> Tensor:
         """ΔW of a base parameter, shaped like it."""
@@ -176,9 +194,7 @@ class LoRALinear(LoRAWrapper):
     def forward(self, x: Tensor) -> Tensor:
         bias = self.current("bias")
         y = self.base(x) if bias is self.base.bias else F.linear(x, self.base.weight, bias)
-        if self.merged:
-            return y
-        return y + torch.cat([adapter(x) for adapter in self.adapters.values()], dim=-1)
+        return self.corrected(y, x, self.adapters)
 
 
 class LoRAAttention(LoRAWrapper):
@@ -197,20 +213,13 @@ class LoRAAttention(LoRAWrapper):
 
     @property
     def out_proj(self) -> SimpleNamespace:
-        weight, bias = self.current("out_proj.weight"), self.current("out_proj.bias")
-        return SimpleNamespace(weight=weight, bias=bias)
+        return SimpleNamespace(**{n: self.current(f"out_proj.{n}") for n in ("weight", "bias")})
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True, is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """query (B, L, D), key and value (B, S, D), or as `batch_first` has it → output like query,
         weights (B, L, S) or (B, heads, L, S) or None.
 
@@ -219,31 +228,28 @@ class LoRAAttention(LoRAWrapper):
         if query.is_nested or (is_causal and attn_mask is None):
             raise ValueError("LoRA: attention takes no nested tensors, no is_causal without mask")
         base, bias, itself = self.base, self.current("in_proj_bias"), query is key and key is value
-        turned = not base.batch_first and query.dim() == 3
-        inputs = [x.transpose(0, 1) if turned else x for x in (query, key, value)]
+        whole, apart = "... l (heads e)", "... heads l e"
+        if not base.batch_first and query.dim() == 3:
+            whole, apart = "l b (heads e)", "b heads l e"
         if itself:  # one packed product, bit-equal to PyTorch's own
-            packed = F.linear(inputs[0], base.in_proj_weight, bias)  # (B, L, 3·D)
-            qkv = packed.chunk(3, dim=-1)  # (B, L, D) each
+            packed = F.linear(query, base.in_proj_weight, bias)  # (B, L, 3·D)
+            qkv = self.corrected(packed, query, "qkv").chunk(3, dim=-1)  # (B, L, D) each
         else:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            qkv = map(F.linear, inputs, base.in_proj_weight.chunk(3), biases)
-        if not self.merged:
-            qkv = (y + self.adapters[n](x) for n, x, y in zip("qkv", inputs, qkv, strict=True))
-        heads = base.num_heads
-        q, k, v = (rearrange(x, "... l (heads e) -> ... heads l e", heads=heads) for x in qkv)
+            each = "qkv", (query, key, value), base.in_proj_weight.chunk(3), biases
+            each = zip(*each, strict=True)
+            qkv = (self.corrected(F.linear(x, w, b), x, name) for name, x, w, b in each)
+        q, k, v = (rearrange(x, f"{whole} -> {apart}", heads=base.num_heads) for x in qkv)
         mask = self._one_mask(attn_mask, key_padding_mask, q)
-        dropout = base.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (B, heads, L, e)
-        mixed = rearrange(mixed, "... heads l e -> ... l (heads e)")
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, base.dropout * self.training)
+        mixed = rearrange(mixed, f"{apart} -> {whole}")  # (B, L, D)
         out = F.linear(mixed, base.out_proj.weight, self.current("out_proj.bias"))  # (B, L, D)
-        if not self.merged:
-            out = out + self.adapters["out"](mixed)
-        weights = None
-        if need_weights:  # the function above keeps them to itself
-            scores = q @ k.mT * q.shape[-1] ** -0.5
-            weights = (scores if mask is None else scores + mask).softmax(dim=-1)
-            weights = weights.mean(dim=-3) if average_attn_weights else weights
-        return out.transpose(0, 1) if turned else out, weights
+        out = self.corrected(out, mixed, ["out"])
+        if not need_weights:
+            return out, None
+        scores = q @ k.mT * q.shape[-1] ** -0.5  # the function above keeps them to itself
+        weights = (scores if mask is None else scores + mask).softmax(dim=-1)
+        return out, weights.mean(dim=-3) if average_attn_weights else weights
 
     @staticmethod
     def _one_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
@@ -256,12 +262,9 @@ class LoRAAttention(LoRAWrapper):
             attn_mask = attn_mask.reshape(*q.shape[:-1], -1)  # (B·heads, L, S) → (B, heads, L, S)
         if padding is not None:
             padding = padding[..., None, None, :]  # (B, S) → (B, 1, 1, S)
-        total = None
-        for mask in (attn_mask, padding):
-            if mask is not None:
-                mask = torch.where(mask, -math.inf, 0.0) if mask.dtype == torch.bool else mask
-                total = mask.to(q.dtype) if total is None else total + mask.to(q.dtype)
-        return total
+        masks = [mask for mask in (attn_mask, padding) if mask is not None]
+        masks = [torch.where(m, -math.inf, 0.0) if m.dtype == torch.bool else m for m in masks]
+        return sum(masks[1:], masks[0]).to(q.dtype) if masks else None
 
 
 class LoRAProjection(LoRAWrapper):
@@ -276,8 +279,7 @@ class LoRAProjection(LoRAWrapper):
         return super().delta(name).T  # P stands the other way round than a Linear's W
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
-        y = x @ self.base["proj"]
-        return y if self.merged else y + self.adapters["proj"](x)
+        return self.corrected(x @ self.base["proj"], x, ["proj"])
 
 
 def inject_lora(
@@ -295,11 +297,10 @@ def inject_lora(
 
     Args:
         targets, skip, train: modules, by dotted names ("blocks.0.attn.qkv") or whole parts of them
-            ("attn", "blocks.0"), or by a function (name, module) → bool. `targets` get adapters;
-            by default all. `skip` stay plain, with all they hold. SigLIP's attention pool is left
-            out: 8.70 M parameters (r = 16) are those of the blocks alone. With the pool's MLP,
-            which peft's rule of thumb ("all fc1 and fc2") would catch, it is 8.87 M. `train` learn
-            whole instead, such as a fresh head.
+            ("attn", "blocks.0"), or by a function (name, module) → bool. `targets` get adapters; by
+            default all. `skip` stay plain, with all they hold: SigLIP's attention pool, for 8.70 M
+            parameters (r = 16) are the blocks' alone, and 8.87 M with the MLP of the pool, which
+            peft's "all fc1 and fc2" would catch. `train` learn whole, such as a fresh head.
         whole_clip: adapt a model that holds a text tower as well.
         settings: `rank`, `alpha`, `dropout` and `bias` of `LoRASettings`.
     Returns: names of the adapted layers.
@@ -449,10 +450,9 @@ def load_lora_state_dict(tower: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def scale_lora(tower: nn.Module, strength: float) -> None:
-    """Let `strength` times the learnt change apply: weights W + strength · ΔW, biases that trained
-    likewise. 0 is the original function, 1 the trained one; not cumulative, merged or not. Layers
-    that `train` whole stay as they are. `merge_lora`, `unload_lora` and `merged_state_dict` take
-    the present strength; `lora_state_dict` does not depend on it.
+    """Let `strength` times the learnt change apply: weights W + strength · ΔW, trained biases alike
+    (not layers that `train` whole). 0 is the original function, 1 the trained one; not cumulative,
+    merged or not. What merges takes the present strength; `lora_state_dict` is as at strength 1.
 
     Raises: ValueError for a strength that is no number, and for a tower without adapters.
     """

@@ -116,7 +116,7 @@ def load_clip(model: str) -> tuple[nn.Module, ClipInfo]:
         raise ValueError(
             f"CLIP {model!r}: open_clip could not load it ({str(error).splitlines()[0]})"
         ) from None
-    return clip.eval(), info
+    return _tokens_first(clip).eval(), info
 
 
 def describe_clip(model: str) -> tuple[ClipInfo, Path | None]:
@@ -193,11 +193,26 @@ def _agreed(name: str) -> dict:
 
 
 def build_clip(info: ClipInfo) -> nn.Module:
-    """The architecture with whatever weights its modules start from.
+    """The architecture with whatever weights its modules start from."""
+    return _tokens_first(_built(info))
 
-    A text tower out of transformers (roberta-ViT-B-32, mt5, nllb, …) needs that library and its
-    configuration from the hub. Without them it is carried along, not built (`CarriedText`).
-    """
+
+def _tokens_first(clip: nn.Module) -> nn.Module:
+    """Tokens first, images second, from the first block to the last. With images first, PyTorch's
+    attention turns them round in every block, and of a tensor that lies so and needs no gradient it
+    makes as many small products with the weights as there are tokens, not one: a frozen tower took
+    1.3 times as long."""
+    for module in clip.visual.modules():
+        if isinstance(module, open_clip.transformer.Transformer):
+            for part in (module, *(block.attn for block in module.resblocks)):
+                part.batch_first = False
+    return clip
+
+
+def _built(info: ClipInfo) -> nn.Module:
+    """open_clip's class for it. A text tower out of transformers (roberta-ViT-B-32, mt5, nllb, …)
+    needs that library and its configuration from the hub. Without them it is carried along, not
+    built (`CarriedText`)."""
     config = {**info.model_cfg}
     custom, text = config.pop("custom_text", False), config["text_cfg"]
     foreign = text.get("hf_model_name")

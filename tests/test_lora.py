@@ -10,8 +10,10 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
+from pretrained.backbones import ClipInfo, build_clip
 
 CFG = {
     "embed_dim": 24,
@@ -398,3 +400,61 @@ def test_layers_by_name_learn_whole():
     lora.unload_lora(model)
     assert list(model.state_dict()) == list(make().state_dict())
     assert lora.lora_state_dict(model) == {}
+
+
+# -- what makes it quick -------------------------------------------------------------------------
+def test_dropout_keeps_its_share_and_the_mean():
+    x = torch.ones(1001, 999)  # no multiple of four
+    for p in (0.1, 0.5, 0.999):
+        y = lora.drop(x, p)
+        kept = float((y != 0).double().mean())
+        assert kept == pytest.approx(1 - p, abs=5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16)
+        assert len(y.unique()) == 2 and float(y.max()) == pytest.approx(1 / (1 - p), rel=1e-2)
+        assert float(y.mean()) == pytest.approx(1, abs=5 * (p / (1 - p) / x.numel()) ** 0.5)
+    torch.manual_seed(0)
+    first, second = lora.drop(x, 0.5), lora.drop(x, 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(first, lora.drop(x, 0.5)) and not torch.equal(first, second)
+    rows = (lora.drop(x, 0.5) != 0).double() - 0.5  # neighbours know nothing of one another
+    assert abs(float((rows[:, 1:] * rows[:, :-1]).mean())) < 2e-3
+
+
+def test_queries_keys_and_values_see_one_mask():
+    """Three equal adapters make three equal corrections, also with dropout."""
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    tower = nn.Sequential(attention).train()
+    lora.inject_lora(tower, rank=4, dropout=0.5)
+    layer, x = tower[0], torch.randn(2, 5, 16)
+    with torch.no_grad():
+        for name in "qkv":
+            layer.adapters[name].A.copy_(layer.adapters["q"].A)
+            layer.adapters[name].B.copy_(layer.adapters["out"].A.T)
+    q, k, v = layer.corrected(torch.zeros(2, 5, 48), x, "qkv").chunk(3, dim=-1)
+    assert q.abs().max() > 0 and torch.allclose(q, k) and torch.allclose(q, v)
+
+
+def test_a_tower_multiplies_each_weight_once():
+    """Frozen or adapted: a product a token, as PyTorch's attention makes of images that come first,
+    takes twice the time."""
+
+    class Batched(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bmm.default and args[1].stride(0) == 0:
+                self.found += 1
+            return func(*args, **(kwargs or {}))
+
+    clip, found = build_clip(ClipInfo("tiny", CFG, (0.5,) * 3, (0.5,) * 3)), []
+    clip.load_state_dict(make_clip().state_dict())
+    tower = clip.eval().visual
+    assert torch.allclose(tower(IMAGES), make_clip().visual(IMAGES), atol=1e-5)
+    for prepare in (lambda: tower.requires_grad_(False), lambda: lora.inject_lora(tower, rank=4)):
+        prepare()
+        with Batched() as counter:
+            tower(IMAGES)
+        found.append(counter.found)
+    assert found == [0, 0]
+    with Batched() as counter:
+        make_clip().visual.requires_grad_(False)(IMAGES)
+    assert counter.found == 2, "the counter counts, one for each block of a tower as it comes"
