@@ -8,17 +8,21 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: demo test notebooks clean
+.PHONY: demo demo-flow demo-perceiver test notebooks clean
 
 # Both trainings at once, a core each: two cores on one of them would wait for each other at every
 # product, and for a busy neighbour.
 demo: $(VENV)/.core
-	@trap 'kill $$other 2>/dev/null' INT TERM EXIT; \
-	TQDM_POSITION=1 OMP_NUM_THREADS=1 $(PY) train.py --name demo-perceiver --denoiser perceiver \
-		--stage1_steps 1500 --stage2_steps 450 & other=$$!; \
-	OMP_NUM_THREADS=1 $(PY) train.py --name demo --stage1_steps 800 --stage2_steps 300 && wait $$other
+	$(MAKE) --no-print-directory -j 2 demo-flow demo-perceiver
 	$(PY) eval_mmvp.py --model toy/clip.safetensors --model runs/demo --model runs/demo-perceiver
 	@echo "pictures: runs/demo/samples, runs/demo-perceiver/samples, runs/demo/eval, runs/demo-perceiver/eval"
+
+demo-flow:
+	@OMP_NUM_THREADS=1 $(PY) train.py --name demo --stage1_steps 800 --stage2_steps 300
+
+# Its progress bar stands below the other's.
+demo-perceiver:
+	@OMP_NUM_THREADS=1 TQDM_POSITION=1 $(PY) train.py --name demo-perceiver --denoiser perceiver --stage1_steps 1500 --stage2_steps 450
 
 test: $(VENV)/.test
 	$(PY) -m ruff check .
