@@ -2,24 +2,25 @@
 
 Neither weights nor data nor a GPU are needed, and no formula that could be wrong: the very model of
 the run is built from *fake* tensors, which have shape, dtype and device but no memory, and takes
-one training step. Parameters are counted, and autograd is asked what it keeps for the backward
-pass; a counter adds up the floating-point operations of every matrix product.
+one step, shared out by PyTorch's own engine where ``--shard`` asks for it. A watcher stands beside
+and sees every tensor come and go. So the figures are those of the code that will run:
 
-What is counted: weights, gradients, AdamW's moments, and what the backward pass needs (among it the
-bf16 copies of weights that autocast makes). What is not: short-lived results within an operation
-(the true peak of a toy step is 0.93 to 1.09 times the sum; tests/test_plan.py), the CUDA context
-and NCCL's buffers (a GB or two together), and what the allocator loses to fragmentation.
+    what stays       weights, gradients, AdamW's moments, of each what one rank holds
+    what is kept     by autograd for the backward pass (without --shard among it the bf16 copies of
+                     the weights that autocast makes)
+    most at once     everything that is alive at the worst moment of the tokenizer's pass, of the
+                     forward and of the backward pass: results on their way, a collected block's
+                     weights, its gradient before it is shared out. The largest is what a GPU needs
+
+Not counted: the CUDA context and NCCL's buffers (a GB or two together), the workspaces of cuDNN and
+cuBLAS, and what the allocator loses to fragmentation. AdamW adds nothing: its fused kernel has no
+temporaries. fakes.py makes the step and the watcher possible, plan_report.py says what was found.
 """
 
-import math
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from flow_denoiser import FlowDenoiser
 from genhancer import GenHancer
@@ -28,41 +29,15 @@ from pretrained.autoencoders import FLUX_VAE, TAMING_VQGAN, VAE, VQGAN, publishe
 from pretrained.backbones import build_clip, describe_clip
 from pretrained.flux import FLUX_TRANSFORMER
 from settings import Settings
-from training import assemble
-
-CC3M = 3_000_000  # pictures of CC3M that can still be downloaded, about
-H100 = 989e12  # its dense bf16 peak, FLOP/s
-
-
-@dataclass
-class StagePlan:
-    """Figures of one stage; memory in bytes per GPU."""
-
-    steps: int
-    trainable: int
-    memory: dict[str, int]
-    flops: float
-    """of one image, forward and backward"""
-
-    @property
-    def checkpoint(self) -> int:
-        """Bytes on the disk: the trained numbers and AdamW's two moments of each, in float32."""
-        return 3 * 4 * self.trainable
+from training import assemble, speed
+from training.fakes import Watch, imagined_ranks, local, without_memory
+from training.plan_report import Plan, StagePlan, report
+from training.preflight import check_batch
+from training.process import Process
+from training.sharding import shared_out
 
 
-@dataclass
-class Plan:
-    settings: Settings
-    ranks: int
-    device: str
-    parameters: dict[str, int]
-    tokens: int
-    patch_tokens: int
-    width: int
-    """of CLIP's global token"""
-    enhanced: int
-    """bytes of the enhanced model"""
-    stages: dict[int, StagePlan] = field(default_factory=dict)
+WORTH_SHARING = 50_000_000  # numbers that learn: 16 bytes each, 0.8 GB
 
 
 # ------------------------------------------------------------------------------------------------
@@ -95,55 +70,14 @@ def skeleton(settings: Settings, half: bool = False) -> tuple[torch.nn.Module, G
         return clip, assemble.join(settings, clip, info, tokenizer, denoiser)
 
 
-@contextmanager
-def flash_attention():
-    """On a GPU, attention keeps q, k, v and its result, never the matrix of all pairs. A fake GPU
-    cannot say that it has that kernel, so it is called by name."""
-    usual = F.scaled_dot_product_attention
-
-    def flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-        result = torch.bfloat16 if torch.is_autocast_enabled("cuda") else q.dtype
-        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention
-        return kernel(q, k, v, dropout_p, is_causal, False, scale=scale)[0].to(result)
-
-    F.scaled_dot_product_attention = flash
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = usual
-
-
-@contextmanager
-def matrix_attention():
-    """Attention as two products, which the counter counts, and which small CPU runs use."""
-    flash = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_flash_sdp(flash[0])
-        torch.backends.mha.set_fastpath_enabled(flash[1])
-
-
-@contextmanager
-def autocast(device: str):
-    """bf16 on the fake GPU. (torch.autocast asks for a real one, and does nothing without.)"""
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, device == "cuda")
-    torch.set_autocast_dtype(device, torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
-        torch.clear_autocast_cache()
-
-
 # ------------------------------------------------------------------------------------------------
 # Measuring
 # ------------------------------------------------------------------------------------------------
+def bytes_of(tensors) -> int:
+    """On this rank."""
+    return sum(local(t).numel() * t.element_size() for t in tensors)
+
+
 def saved_for_backward(
     model: GenHancer, images: torch.Tensor, draws: dict, cached: dict | None = None
 ) -> tuple[int, dict]:
@@ -162,23 +96,19 @@ def saved_for_backward(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = model(images, draws, cached)
     sizes = [t.untyped_storage().nbytes() for key, t in kept.items() if key not in own]
+    kept.clear()  # the graph holds `pack`: what backward lets go must not stay here
     return sum(sizes), result
 
 
-def bytes_of(tensors) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def static_memory(model: GenHancer, ranks: int, shard: bool) -> dict[str, int]:
+def static_memory(model: GenHancer) -> dict[str, int]:
     """Weights, gradients and moments on one rank (AdamW keeps two numbers a parameter)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    moments = 2 * bytes_of(trainable)
+    trainable = bytes_of(p for p in model.parameters() if p.requires_grad)
+    frozen = bytes_of(p for p in model.parameters() if not p.requires_grad)
     return {
-        "frozen weights": bytes_of(frozen),
-        "trainable weights": bytes_of(trainable),
-        "gradients": bytes_of(trainable),
-        "moments of AdamW": math.ceil(moments / ranks) if shard else moments,
+        "frozen weights": frozen,
+        "trainable weights": trainable,
+        "gradients": trainable,
+        "moments of AdamW": 2 * trainable,
     }
 
 
@@ -208,52 +138,81 @@ def one_batch(model: GenHancer, count: int, device: str) -> tuple[torch.Tensor, 
 
 def fill(model: torch.nn.Module, device: str) -> None:
     """Within a FakeTensorMode: fake tensors on `device` in the place of meta ones."""
-    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+    model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device))
 
 
-class Flops(TorchDispatchMode):
-    """Adds up the operations of matrix products, convolutions and attentions as they are called;
-    PyTorch's own counter does the same and also says in which module, for three times the time."""
+def watched_step(model: GenHancer, settings: Settings, process: Process, shard: bool) -> dict:
+    """One step of a stage, the second or a later one, when all that stays is there.
 
-    total = 0
+    Works alike on fake and on real tensors. Returns: fields of `StagePlan`; "flops" of all images.
+    """
+    micro = settings.micro(process.ranks)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    images, draws = one_batch(model, micro, "cpu")
+    moments = [torch.empty_like(local(p)) for p in learning for _ in range(2)]
+    # DDP's gradients are there from the start, in its buckets; all others from the first of several
+    # accumulated pieces on.
+    gradients = []
+    if settings.batch > micro * process.ranks or (process.ranks > 1 and not shard):
+        for parameter in learning:
+            parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    cached = model.precompute(images) if settings.cache else None
+    paradigm, held = model.paradigm, (*moments, *gradients, images, *draws.values())
+    watch = Watch([*model.parameters(), *model.buffers(), *held, *(cached or {}).values()])
+    tokenize = paradigm.tokenize
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
+    def watched(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        with watch.during("tokenizer"):
+            return tokenize(images)
+
+    paradigm.tokenize = watched
+    with watch:
+        with torch.autocast("cpu", torch.bfloat16, process.autocast):
+            kept, result = saved_for_backward(model, images, draws, cached)
+        with watch.during("backward pass"):
+            result["loss"].backward()
+    del paradigm.tokenize
+    memory = {**static_memory(model), "kept for the backward pass": kept}
+    count = sum(p.numel() for p in learning)
+    return {"trainable": count, "memory": memory, "peaks": watch.peaks, "flops": watch.flops}
 
 
-def on_meta(model: GenHancer, run):
-    """`run()` of a model on the meta device, which knows no autocast that could be left."""
-    model.paradigm.own_precision = lambda part, x: part(x)
-    try:
-        return run()
-    finally:
-        del model.paradigm.own_precision
+def rehearse(settings: Settings, ranks: int, device: str, stage: int) -> StagePlan:
+    """A stage of the run on one of `ranks` devices, without any of them."""
+    process = Process(0, ranks, torch.device(device), in_half(settings, device))
+    _, model = skeleton(settings, process.autocast)
+    benchmark = torch.backends.cudnn.benchmark
+    speed.tune_tokenizer(model, settings, process)
+    torch.backends.cudnn.benchmark = benchmark
+    start(model, settings, stage)
+    speed.lower_frozen(model, settings, process)
+    shard = settings.shard and ranks > 1
+    with imagined_ranks(ranks) if shard else nullcontext() as mesh, without_memory(device):
+        fill(model, "cpu")
+        if shard:
+            on_cpu = replace(process, device=torch.device("cpu"))
+            shared_out(model, on_cpu, list(speed.blocks_of(model)), mesh)
+        found = watched_step(model, settings, process, shard)
+    found["flops"] /= settings.micro(ranks)
+    return StagePlan(settings.steps(stage), **found)
 
 
-def flops_per_image(model: GenHancer) -> float:
-    """Floating-point operations of one image, forward and backward, a product counted as two.
-    `model` is on the meta device, which knows shapes; here they suffice."""
-    images, draws = one_batch(model, 1, "meta")
-    with matrix_attention(), Flops() as counter:
-        on_meta(model, lambda: model(images, draws)["loss"].backward())
-    model.zero_grad()
-    return counter.total
+def in_half(settings: Settings, device: str) -> bool:
+    """Whether the run computes under bf16 autocast, as `start_process` would decide on a GPU that
+    has it."""
+    return settings.precision == "bf16" or (settings.precision == "auto" and device == "cuda")
 
 
-def make_plan(settings: Settings, ranks: int, device: str) -> Plan:
+def make_plan(settings: Settings, ranks: int, device: str, other: bool = False) -> Plan:
     """All figures of a run on `ranks` devices ("cuda" or "cpu").
 
+    Args: other: also what a GPU needs with --shard, if it is not asked for, and without, if it is,
+        where enough learns to make a difference.
     Raises: ValueError where the settings do not make a model.
     """
-    micro = settings.micro(ranks)
-    stages = [s for s in (1, 2) if settings.stage in (str(s), "both")]
-    if settings.end_to_end:
-        stages = [2]
-    clip, model = skeleton(settings, half=device == "cuda")
-    text = "text tower (stays on the CPU)"
+    clip, model = skeleton(settings)
+    text = "text tower (stays on the host)"
     projectors = [model.project_vector, model.project_context, model.project_local]
     parts = {
         "image tower": [clip.visual],
@@ -269,86 +228,21 @@ def make_plan(settings: Settings, ranks: int, device: str) -> Plan:
         settings,
         ranks,
         device,
+        in_half(settings, device),
         counts,
         tokens=model.paradigm.tokens,
         patch_tokens=model.patch_tokens,
         width=model.project_context[0].normalized_shape[0],
         enhanced=4 * whole,
+        text=4 * counts[text],
     )
-    # First what needs shapes alone, on the meta device. Stage 1 comes first: stage 2 changes the
-    # tower.
-    for stage in stages:
-        start(model, settings, stage)
-        plan.stages[stage] = StagePlan(
-            settings.steps(stage),
-            trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            memory=static_memory(model, ranks, settings.shard),
-            flops=flops_per_image(model),
-        )
-    with torch.no_grad(), matrix_attention():
-        images, _ = one_batch(model, micro, "meta")
-        found = on_meta(model, lambda: model.precompute(images))
-    # Then what needs dtypes and kernels too, on fake tensors; in the other order, since stage 1
-    # looks at the tower's features only.
-    attention = flash_attention if device == "cuda" else matrix_attention
-    with FakeTensorMode(), attention(), autocast(device):
-        fill(model, device)
-        cached = {k: torch.zeros(v.shape, dtype=v.dtype, device=device) for k, v in found.items()}
-        images, draws = one_batch(model, micro, device)
-        for stage in reversed(stages):
-            if stage == 1:
-                model.start_stage1()
-                model.train()
-            kept, _ = saved_for_backward(model, images, draws, cached)
-            plan.stages[stage].memory["kept for the backward pass"] = kept
+    stages = [s for s in (1, 2) if settings.stage in (str(s), "both")]
+    for stage in [2] if settings.end_to_end else stages:
+        plan.stages[stage] = found = rehearse(settings, ranks, device, stage)
+        if other and ranks > 1 and found.trainable > WORTH_SHARING:
+            contrary = replace(settings, shard=not settings.shard)
+            found.other = rehearse(contrary, ranks, device, stage).peak
     return plan
-
-
-# ------------------------------------------------------------------------------------------------
-# Saying it
-# ------------------------------------------------------------------------------------------------
-def report(plan: Plan) -> str:
-    """The plan as a page of text."""
-    s, gb = plan.settings, 1e9
-    micro = s.micro(plan.ranks)
-    devices = f"{plan.ranks} GPUs, bf16 autocast" if plan.device == "cuda" else "CPU, float32"
-    sharding = ", ZeRO stage 1" if s.shard and plan.ranks > 1 else ""
-    lines = [
-        f"plan of preset {s.preset}: {s.clip}, denoiser {s.denoiser}; {devices}{sharding}",
-        f"  image {plan.tokens} tokens for the denoiser, {plan.patch_tokens} patches and a global "
-        f"token of {plan.width} numbers from CLIP",
-        "  parameters",
-    ]
-    lines += [f"    {name:32}{count / 1e6:12.2f} M" for name, count in plan.parameters.items()]
-    for number, stage in plan.stages.items():
-        seen = stage.steps * s.batch
-        total = sum(stage.memory.values())
-        hours = seen * stage.flops / (0.4 * H100 * plan.ranks) / 3600
-        lines += [
-            f"  stage {number}: {stage.trainable / 1e6:.2f} M trainable",
-            f"    {stage.steps:,} steps of {s.batch} images ({plan.ranks} × {micro} × "
-            f"{s.batch // (plan.ranks * micro)} accumulated): {seen:,} images, "
-            f"{seen / CC3M:.1f} epochs of CC3M",
-            f"    {stage.flops / 1e9:,.1f} GFLOP an image"
-            + (
-                f"; {hours:,.1f} hours at 40 % of an H100's peak (arithmetic, not measured)"
-                if plan.device == "cuda"
-                else ""
-            ),
-            f"    a checkpoint {stage.checkpoint / gb:.3f} GB, the newest {s.keep} are kept",
-            "    memory per " + ("GPU" if plan.device == "cuda" else "process"),
-        ]
-        lines += [f"      {name:30}{size / gb:9.3f} GB" for name, size in stage.memory.items()]
-        lines.append(f"      {'together':30}{total / gb:9.3f} GB")
-        if plan.device == "cuda" and plan.ranks > 1:
-            moments, trained = stage.memory["moments of AdamW"], stage.memory["trainable weights"]
-            other = total - moments + 2 * trained / (1 if s.shard else plan.ranks)
-            lines.append(
-                f"      {'without' if s.shard else 'with'} --shard{'':{19 if s.shard else 22}}"
-                f"{other / gb:9.3f} GB"
-            )
-    lines.append(f"  enhanced model {plan.enhanced / gb:.3f} GB")
-    return "\n".join(lines)
 
 
 def print_plan(settings: Settings, ranks: int) -> None:
@@ -357,4 +251,5 @@ def print_plan(settings: Settings, ranks: int) -> None:
     ranks = ranks if device == "cuda" else 1
     if settings.batch % ranks:
         raise ValueError(f"--batch {settings.batch} is no multiple of --gpus {ranks}")
-    print(report(make_plan(settings, ranks, device)))
+    check_batch(settings, ranks)
+    print(report(make_plan(settings, ranks, device, other=True)))

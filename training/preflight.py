@@ -80,15 +80,20 @@ SHAPE = (
 # ------------------------------------------------------------------------------------------------
 def preflight(settings: Settings, ranks: int) -> None:
     """Raises: ValueError or FileNotFoundError, naming what is wrong, where, and what to do."""
+    check_batch(settings, ranks)
+    check_files(settings)
+    check_run(settings)
+    if settings.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard: not installed; pip install tensorboard, or drop the flag")
+
+
+def check_batch(settings: Settings, ranks: int) -> None:
+    """A global batch is made of whole pieces. Raises: ValueError where it is not."""
     if settings.batch % (settings.micro(ranks) * ranks):
         raise ValueError(
             f"--batch {settings.batch} is no multiple of micro_batch {settings.micro(ranks)} × "
             f"{ranks} ranks: the global batch is cut into pieces of that size"
         )
-    check_files(settings)
-    check_run(settings)
-    if settings.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise ValueError("--tensorboard: not installed; pip install tensorboard, or drop the flag")
 
 
 def check_files(settings: Settings) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from training.process import Process
 
 
-def shared_out(model: nn.Module, process: Process, blocks: list[nn.Module]) -> nn.Module:
+def shared_out(model: nn.Module, process: Process, blocks: list[nn.Module], mesh=None) -> nn.Module:
     """`model` itself, of whose every learning weight a rank keeps its share from here on.
 
     What does not learn stays whole: it has neither gradient nor moments. With bf16 autocast the
@@ -35,7 +35,7 @@ def shared_out(model: nn.Module, process: Process, blocks: list[nn.Module]) -> n
     half = torch.bfloat16 if process.autocast else None
     policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     frozen = {p for p in model.parameters() if not p.requires_grad}
-    mesh = init_device_mesh(process.device.type, (process.ranks,))
+    mesh = mesh or init_device_mesh(process.device.type, (process.ranks,))
     how = {"mesh": mesh, "mp_policy": policy, "ignored_params": frozen}
     for block in blocks:
         if any(p.requires_grad for p in block.parameters()):
