@@ -29,7 +29,7 @@ This module imports nothing of this project: copy it freely.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -249,12 +249,12 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return split_heads(self.qkv(x), self.heads, self.norm)  # 3 × (B, A, N, E)
+        return split_heads(self.qkv(x).chunk(3, dim=-1), self.heads, self.norm)  # 3 × (B, A, N, E)
 
 
-def split_heads(qkv: Tensor, heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3·D) → normalised q and k, and v, each (B, A, N, E)."""
-    q, k, v = rearrange(qkv, "b n (three heads e) -> three b heads n e", three=3, heads=heads)
+def split_heads(qkv: Sequence[Tensor], heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Three of (B, N, D) → normalised q and k, and v, each (B, A, N, E)."""
+    q, k, v = (rearrange(x, "b n (heads e) -> b heads n e", heads=heads) for x in qkv)
     return *norm(q, k), v
 
 
@@ -347,7 +347,7 @@ class SingleStreamBlock(nn.Module):
         """x (B, T+N, D), vector (B, D) → (B, T+N, D)."""
         shift, scale, gate = self.modulation(vector)  # (B, 1, D) each
         fused = self.linear1(modulate(self.pre_norm, x, shift, scale))  # (B, T+N, 3·D + hidden)
-        qkv, hidden = fused.split([fused.shape[-1] - self.hidden, self.hidden], dim=-1)
+        *qkv, hidden = fused.split([*[x.shape[-1]] * 3, self.hidden], dim=-1)
         mixed = attend(*split_heads(qkv, self.heads, self.norm), rope)  # (B, T+N, D)
         both = torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)  # (…, D + hidden)
         return x + gate * self.linear2(both)  # (B, T+N, D)

@@ -98,7 +98,7 @@ def drop(x: Tensor, p: float) -> Tensor:
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     stays = max(1, round((1 - p) * 2**16))
     mask = (bits.view(torch.int16)[: x.numel()] < stays - 2**15).view(x.shape)
-    return x * (mask.to(x.dtype) * (2**16 / stays))
+    return x * mask.to(x.dtype).mul_(2**16 / stays)
 
 
 class LoRAWrapper(nn.Module):
