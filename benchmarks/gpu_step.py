@@ -1,6 +1,7 @@
 """What does a full-size step cost on a GPU, and what does each option buy?
 
     python benchmarks/gpu_step.py               → gpu_step.json and .md; one GPU of 80 GB, minutes
+                                                (without a GPU: the same table, "not run here")
     python benchmarks/gpu_step.py --quick       the same code at toy size, on whatever is there
 
 A step of stage 1 and of stage 2 at 2, 16 and 32 images, on the very `train_step` of train.py, with
@@ -101,10 +102,20 @@ def measure(stage: int, images: int, process: Process, preset: str) -> dict[str,
     return found
 
 
+def not_run(preset: str) -> None:
+    """The table without its figures, for a machine that cannot give them."""
+    head = ["stage", "images", "options", "ms a step, images/s, peak, share of peak"]
+    rows = [[s, n, label, "not run here"] for s in (1, 2) for n in (2, 16, 32) for label in OPTIONS]
+    about = {"command": "python benchmarks/gpu_step.py", **facts(), "device": None, "found": {}}
+    line = headline(about["command"], about, f"{preset}, flow, bf16: no GPU")
+    publish("gpu_step", [line + ".", "", *table(head, rows)], about)
+
+
 def main(args: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     if not cuda and not args.quick:
-        raise ValueError("no GPU here: --quick runs the same code at toy size on the CPU")
+        not_run(args.preset)
+        return
     process = Process(device=torch.device("cuda" if cuda else "cpu"), autocast=True)
     preset, sizes = ("toy", (2,)) if args.quick else (args.preset, (2, 16, 32))
     name = torch.cuda.get_device_name() if cuda else "CPU"
@@ -113,9 +124,8 @@ def main(args: argparse.Namespace) -> None:
     rows, found = [], {}
     for stage in (1, 2):
         for images in sizes:
-            found[f"stage {stage}, {images} images"] = each = measure(
-                stage, images, process, preset
-            )
+            each = measure(stage, images, process, preset)
+            found[f"stage {stage}, {images} images"] = each
             for label, figures in each.items():
                 flops = images * plan.stages[stage].flops / (figures["ms"] / 1000)
                 rows.append(

@@ -258,15 +258,7 @@ def test_flops_of_a_product_are_two_a_number():
 @pytest.mark.parametrize("preset", BACKBONES)
 def test_the_command_for_every_preset(preset):
     start = time.time()
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--plan",
-        "--preset",
-        preset,
-        "--gpus",
-        "8",
-    ]
+    command = [sys.executable, str(ROOT / "train.py"), "--plan", "--preset", preset, "--gpus", "8"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "memory on the host, per rank" in done.stdout and "text tower" in done.stdout

@@ -230,7 +230,7 @@ class FeatureCache(Dataset):
 
         Not by a memory map, though the system keeps what was read all the same. To a map the system
         answers in the belief that what lies around will be wanted too: of records in a random order
-        it read 13 times the bytes of this, and took five times as long. And at a place, never
+        it read nine times the bytes of this, and took four times as long. And at a place, never
         moving to one: worker processes inherit open files, with one position common to all.
         """
         if number not in self._open:

@@ -36,7 +36,6 @@ from training.preflight import check_batch
 from training.process import Process
 from training.sharding import shared_out
 
-
 WORTH_SHARING = 50_000_000  # numbers that learn: 16 bytes each, 0.8 GB
 
 
