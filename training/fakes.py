@@ -33,16 +33,14 @@ AS_FLOAT32 = {
 
 
 class AsOnGPU(TorchFunctionMode):
-    """Autocast's list of what stays in float32 is longer on a GPU; dropout keeps a byte a number;
-    and GroupNorm's kernel knows one memory layout only."""
+    """Autocast's list of what stays in float32 is longer on a GPU, and dropout keeps one byte of
+    each number."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in AS_FLOAT32 and torch.is_autocast_enabled("cpu"):
             args = [in_float32(x) for x in args]
             kwargs = {name: in_float32(x) for name, x in kwargs.items()}
-        if func is F.group_norm:
-            args = [args[0].contiguous(), *args[1:]]
         if func is F.dropout and kwargs.get("training", True):
             chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             return torch.native_dropout(args[0], chance, True)[0]

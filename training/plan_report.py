@@ -15,7 +15,7 @@ CC3M = 3_000_000  # pictures of CC3M that can still be downloaded, about
 H100 = 989e12  # its dense bf16 peak, FLOP/s
 # Python with all that train.py imports, before any model: resident memory on Linux, PyTorch 2.14
 # without a GPU (benchmarks/plans.py --check measures it). With a GPU add CUDA's own libraries.
-INTERPRETER = 0.6e9
+INTERPRETER = 0.8e9
 GB = 1e9
 
 
