@@ -285,6 +285,16 @@ def test_the_full_size_shared_out_among_eight(micro_batch, most):
     assert 16 * figures[1].trainable > 21e9, "weights, gradients and moments, on each of them whole"
 
 
+def test_the_cache_in_the_plan():
+    """FLUX's VAE on 224 px: 16 × 28 × 28 means and log-variances and 768 features, in halves."""
+    from training.plan_report import report
+
+    figures = plan.make_plan(Settings.of("openai-l14-224", stage="1", shard=True), 8, "cuda")
+    assert figures.cache == 2 * (2 * 16 * 28 * 28 + 768) + 4
+    assert 1.3 < figures.stages[1].flops / (figures.stages[1].flops - figures.spared) < 1.6
+    assert "51.7 kB an image, 155 GB for CC3M; stage 1 then takes 81" in report(figures)
+
+
 def test_flux_in_the_plan():
     settings = Settings.of("openai-l14-224", flux="flux1-dev.safetensors", micro_batch=2)
     figures = plan.make_plan(settings, 8, "cuda")

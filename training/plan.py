@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flow_denoiser import FlowDenoiser
 from genhancer import GenHancer
@@ -31,6 +32,7 @@ from pretrained.flux import FLUX_TRANSFORMER
 from settings import Settings
 from training import assemble, speed
 from training.fakes import Watch, imagined_ranks, local, without_memory
+from training.feature_cache import cache_bytes
 from training.plan_report import Plan, StagePlan, report
 from training.preflight import check_batch
 from training.process import Process
@@ -241,7 +243,19 @@ def make_plan(settings: Settings, ranks: int, device: str, other: bool = False) 
         if other and ranks > 1 and found.trainable > WORTH_SHARING:
             contrary = replace(settings, shard=not settings.shard)
             found.other = rehearse(contrary, ranks, device, stage).peak
+    if 1 in plan.stages and not settings.local_ratio:
+        plan.cache, plan.spared = of_the_cache(settings)
     return plan
+
+
+def of_the_cache(settings: Settings) -> tuple[int, int]:
+    """Of one image: the bytes that ``--cache DIR`` keeps, and the FLOPs that stage 1 spares."""
+    _, model = skeleton(settings)
+    with without_memory("cpu"), FlopCounterMode(display=False) as counter:
+        fill(model, "cpu")
+        images, _ = one_batch(model, 1, "cpu")
+        found = model.precompute(images)
+    return cache_bytes(found, 1, settings.cache_dtype), counter.get_total_flops()
 
 
 def print_plan(settings: Settings, ranks: int) -> None:

@@ -64,6 +64,10 @@ class Plan:
     """bytes of the enhanced model"""
     text: int
     """bytes of the text tower, which stays on the host"""
+    cache: int = 0
+    """bytes of an image in a cache on the disk; 0: it would save nothing"""
+    spared: int = 0
+    """FLOPs of an image that stage 1 then spares"""
     stages: dict[int, StagePlan] = field(default_factory=dict)
 
     def loading(self) -> int:
@@ -93,6 +97,12 @@ def report(plan: Plan) -> str:
     for number, stage in plan.stages.items():
         lines += of_stage(plan, number, stage)
     lines.append(f"  enhanced model {plan.enhanced / GB:.3f} GB")
+    if plan.cache:
+        whole, size = plan.stages[1].flops, f"{plan.cache / 1e3:.1f} kB an image"
+        lines.append(
+            f"  --cache DIR would keep {size}, {plan.cache * CC3M / GB:.0f} GB for CC3M; stage 1 "
+            f"then takes {(whole - plan.spared) / 1e9:,.1f} of {whole / 1e9:,.1f} GFLOP an image"
+        )
     return "\n".join(lines)
 
 
