@@ -85,6 +85,8 @@ def their_tower(clip: nn.Module, info: ClipInfo, adapted: bool) -> nn.Module:
         text = json.dumps(info.open_clip_config())
         (folder / "open_clip_config.json").write_text(text)
         export_hf.export(folder, folder / "hf")
+        transformers.logging.set_verbosity_error()  # the text tower stays behind, as it should
+        transformers.logging.disable_progress_bar()
         kind = transformers.CLIPVisionModelWithProjection
         theirs = kind.from_pretrained(folder / "hf").eval().requires_grad_(False)
     if not adapted:
