@@ -277,7 +277,7 @@ def main(settings: Settings) -> None:
         return
     process = start_process(settings.precision)
     with ending_well(process, saved(settings)):
-        if line := agreed(finished(settings), process):
+        if process.ranks > 1 and (line := agreed(finished(settings), process)):
             if process.is_main:
                 print(line)
             return

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import resource
+import socket
 import statistics
 import tempfile
 import time
@@ -110,10 +111,10 @@ def checksum(model: nn.Module, optimizer: torch.optim.AdamW) -> float:
 
 
 def rank_of(rank: int, ranks: int, job: tuple, out) -> None:
-    """One process of a job: (function, gigabytes, folder, more)."""
+    """One process of a job: (function, gigabytes, folder, more, where they meet)."""
     torch.set_num_threads(1)
-    function, gigabytes, folder, more = job
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getppid() % 9_000)}
+    function, gigabytes, folder, more, port = job
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     result = function(gigabytes, Process(rank, ranks), folder, *more)
     if rank == 0:
@@ -125,7 +126,9 @@ def run(ranks: int, function, gigabytes: float, folder: Path, *more) -> dict:
     """`function` on so many processes; what rank 0 found. Raises: ValueError where one failed."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
-    job = function, gigabytes, folder, more
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = function, gigabytes, folder, more, free.getsockname()[1]
     each = [context.Process(target=rank_of, args=(r, ranks, job, out)) for r in range(ranks)]
     for process in each:
         process.start()

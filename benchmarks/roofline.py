@@ -23,7 +23,8 @@ Assumed, and no more than that:
     rather than keep is not in it.
     AdamW reads four numbers and writes three (fused), or goes over them in nine passes; clipping
     reads once for the norm, and reads and writes once more.
-Not counted: data, transfers between GPUs, waiting for the host.
+Not counted: data, transfers between GPUs (also where AdamW's work is shared out), waiting for the
+host.
 """
 
 import itertools
@@ -68,7 +69,9 @@ class Way:
     fused: bool = False
     compile: bool = False
     pure_bf16: bool = False
-    """all weights in bf16, norms computed in it, AdamW's share of eight: as ZeRO-2 recipes do"""
+    """all weights in bf16, norms computed in it: as ZeRO-2 recipes do"""
+    ranks: int = 1
+    """among which AdamW's work is shared out"""
 
 
 WAYS = (
@@ -80,7 +83,8 @@ WAYS = (
     Way("compiled blocks", compile=True),
     Way("defaults", channels_last=True, frozen_dtype="bf16", fused=True),
     Way("all together", "bf16", True, "bf16", True, True),
-    Way("official recipe: pure bf16, ZeRO-2 of 8", "bf16", pure_bf16=True, fused=True),
+    Way("all together, `--shard` among 8", "bf16", True, "bf16", True, True, ranks=8),
+    Way("official recipe: pure bf16, ZeRO-2 of 8", "bf16", pure_bf16=True, fused=True, ranks=8),
 )
 
 
@@ -262,9 +266,10 @@ def optimizer(learning: int, way: Way) -> list[Kernel]:
     # nine foreach passes: decay p; m ← g; v; v ← g²; √v; / ; + ε; p ← m / …
     passes = [28] if way.fused else [8, 12, 8, 12, 8, 8, 8, 16]
     passes += [4, 8]  # clipping
-    if way.pure_bf16:  # bf16 gradients, clipped; of eight shares one, with a float32 master copy
-        passes = [(26 + 2) / 8, 2, 4]
-    return [Kernel("AdamW", "AdamW and clipping", {}, {}, extra=learning * p) for p in passes]
+    if way.pure_bf16:  # bf16 gradients; AdamW works on a float32 master copy, and writes a bf16 one
+        passes = [28, 2, 4]
+    share = learning // way.ranks
+    return [Kernel("AdamW", "AdamW and clipping", {}, {}, extra=int(share * p)) for p in passes]
 
 
 def joined(kernels: list[Kernel]) -> list[Kernel]:

@@ -241,9 +241,9 @@ def looks_at_time(t):
     """Attention weights of all 17 tokens, mean over heads and images: (17, 17)."""
     task = ready.paradigm.hide(tokens, {**draws, "t": torch.full((64,), t)})
     ready.paradigm.losses(task, *ready.condition(tokens["original"]))
-    img, txt, c, (cos, sin) = seen["inputs"]
+    img, txt, c, turns = seen["inputs"]  # a turn is a complex number of size 1 per pair
     (q, k, _), _ = joint_heads(seen["block"], {"txt": txt, "img": img}, c)
-    return weights_of(q, k, torch.atan2(sin, cos)).mean((0, 1))
+    return weights_of(q, k, turns.angle()).mean((0, 1))
 
 
 # %%

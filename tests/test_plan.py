@@ -127,7 +127,8 @@ def test_the_true_peak_of_a_step(denoiser, stage, cache, batch):
 # it holds.
 RANKS = f"""
 import json, os, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from tiny_runs import free_port
 import torch, train
 from settings import Settings
 from training import assemble, plan, stages
@@ -156,10 +157,8 @@ def rank(settings, number, file):
     found["peak"] = max(watch.peaks.values())
     with open(file, "w") as out:
         json.dump(found, out)
-for port, (folder, number, given) in enumerate(
-    json.loads(sys.argv[1]), 21000 + os.getpid() % 9000
-):
-    children = []
+for folder, number, given in json.loads(sys.argv[1]):
+    children, port = [], free_port()
     for me in "01":
         if child := os.fork():
             children.append(child)

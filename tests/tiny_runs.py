@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shlex
+import socket
 import subprocess
 import sys
 
@@ -59,6 +60,13 @@ def train_here(runs, name, *extra, tiny=TINY):
     finally:
         sys.argv = argv
     return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), out.getvalue())
+
+
+def free_port():
+    """For processes that will meet there."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def metrics(run):
