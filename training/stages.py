@@ -183,7 +183,8 @@ def newest_for_all(folder: Path, process: Process) -> Path | None:
     Raises: ValueError on all ranks where one of them does not see it.
     """
     found = ckpt.checkpoints_in(folder)
-    newest = agreed(found[-1] if found else None, process)
+    name = agreed(found[-1].name if found else "", process)
+    newest = folder / name if name else None
     deadline = time.time() + PATIENCE
     while newest and not newest.is_dir() and time.time() < deadline:
         time.sleep(0.2)
