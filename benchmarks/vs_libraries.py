@@ -7,8 +7,8 @@ Both sides get the same weights, pictures and noise, and before anything is time
 agree over three steps of training: so what is compared does the same work, backward pass, clipping
 and AdamW included. The libraries' side is written as their own training examples are: AutoencoderKL
 and FluxTransformer2DModel of diffusers, CLIPVisionModelWithProjection of transformers with peft's
-LoRA, torch.optim.AdamW as it comes. Ours is `train_step` of train.py on what `begin` prepares, with
-the VAE's convolutions in channels_last.
+LoRA, torch.optim.AdamW as it comes. Ours is `train_step` of train.py on what `begin` prepares, and
+the switches are those that train.py sets.
 
 A shared machine is never quiet, so what is counted is the core's time for this process alone. In a
 round every contestant takes one step, in turning order, and only ratios within a round count: time
@@ -44,6 +44,7 @@ from settings import Settings
 from train import train_step
 from training.assemble import hold
 from training.process import Process, start_process
+from training.speed import compile_blocks, tune_tokenizer
 from training.stages import begin
 from util.cli import run_command
 
@@ -124,14 +125,15 @@ def shaken(module: nn.Module, size: float = 0.02) -> nn.Module:
     return module
 
 
-def our_model(size: Size, seed: int = 0) -> tuple[nn.Module, GenHancer]:
+def our_model(size: Size) -> tuple[nn.Module, GenHancer]:
     """CLIP and GenHancer; the same numbers whenever it is called."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     clip = shaken(build_clip(size.clip).eval(), 0.005)
     vae = shaken(VAE(size.vae).eval().requires_grad_(False))
-    vae.encoder.to(memory_format=torch.channels_last)
     paradigm = Continuous(vae, shaken(FlowDenoiser(size.denoiser)), size.image)
-    return clip, GenHancer(clip, size.clip, paradigm)
+    model = GenHancer(clip, size.clip, paradigm)
+    tune_tokenizer(model, our_settings(size), Process())
+    return clip, model
 
 
 class Fixed(torch.utils.data.Dataset):
@@ -150,7 +152,7 @@ class Fixed(torch.utils.data.Dataset):
         return {"image": self.images[key[0]], "name": str(key[0]), "unreadable": []}
 
 
-def our_settings(size: Size, stage: int) -> Settings:
+def our_settings(size: Size) -> Settings:
     """The rates are large enough that three steps move the loss."""
     rates = {"stage1_lr": 1e-4, "stage2_lr": 1e-4, "schedule": "constant", "warmup": 0}
     return Settings.of("toy", batch=size.batch, micro_batch=size.batch, workers=0, **rates)
@@ -164,14 +166,12 @@ class OurStep:
     """
 
     def __init__(self, size: Size, stage: int, compiled: bool = False, cached: bool = False):
-        _, model = our_model(size)
-        data = Fixed(size)
+        (_, model), data = our_model(size), Fixed(size)
         if cached:
-            data = hold(data, model, Process())
-        self.module, self.stage = model, begin(stage, model, our_settings(size, stage), Process())
+            data = hold(data, model, our_settings(size), Process())
+        self.module, self.stage = model, begin(stage, model, our_settings(size), Process())
         give_b(model.visual)
-        self.batches = self.stage.global_batches(data)
-        self.seen: tuple = ()
+        self.batches, self.seen = self.stage.global_batches(data), ()
         model.register_forward_pre_hook(self._remember)
         if compiled:
             compile_blocks(model)
@@ -181,15 +181,6 @@ class OurStep:
 
     def __call__(self) -> float:
         return float(train_step(self.stage, next(self.batches))["loss"])
-
-
-def compile_blocks(model: GenHancer) -> None:
-    """One block after the other: compiled as a whole, a model was slower than without."""
-    denoiser = model.paradigm.denoiser
-    for block in (*denoiser.double_blocks, *denoiser.single_blocks):
-        block.compile()
-    for block in model.visual.transformer.resblocks:
-        block.compile()
 
 
 def give_b(tower: nn.Module) -> None:
