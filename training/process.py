@@ -60,10 +60,9 @@ def start_process(precision: str) -> Process:
         # stochastic gradient.
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
-        # With a few dozen tokens the fused CPU kernel costs more than it saves, and PyTorch's
-        # separate inference path for attention rounds differently: the tower must give the same
-        # features whether it trains or not.
-        torch.backends.cuda.enable_flash_sdp(False)
+        # PyTorch's separate inference path for attention rounds differently: the tower must give
+        # the same features whether it trains or not. (The fused kernel stays: forward and backward
+        # it is the faster at every number of tokens, benchmarks/vs_libraries.md.)
         torch.backends.mha.set_fastpath_enabled(False)
     if "RANK" in os.environ and not dist.is_initialized():
         # After a restart torchrun's store still lists processes that are gone: with a prefix of its
