@@ -65,7 +65,8 @@ class Size:
 
     @property
     def clip(self) -> ClipInfo:
-        config = dict(embed_dim=self.embed, vision_cfg=self.vision, text_cfg=TEXT, quick_gelu=True)
+        config = {"embed_dim": self.embed, "vision_cfg": self.vision, "text_cfg": TEXT}
+        config["quick_gelu"] = True
         return ClipInfo("vs_libraries", config, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 
     @property
