@@ -63,6 +63,7 @@ def start_process(precision: str) -> Process:
         # PyTorch's separate inference path for attention rounds differently: the tower must give
         # the same features whether it trains or not. (The fused kernel stays: forward and backward
         # it is the faster at every number of tokens, benchmarks/vs_libraries.md.)
+        torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.mha.set_fastpath_enabled(False)
     if "RANK" in os.environ and not dist.is_initialized():
         # After a restart torchrun's store still lists processes that are gone: with a prefix of its
