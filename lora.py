@@ -90,17 +90,6 @@ class Adapter(nn.Module):
         return (self.scaling * self.strength) * (self.B @ self.A)
 
 
-def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout. A CPU spends most of its time on drawing a double for every element; sixteen bits
-    do, with p a multiple of 2⁻¹⁶ and what stays scaled by that very p."""
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),))  # int64, four in each
-    stays = max(1, round((1 - p) * 2**16))
-    mask = (bits.view(torch.int16)[: x.numel()] < stays - 2**15).view(x.shape)
-    return x * mask.to(x.dtype).mul_(2**16 / stays)
-
-
 class LoRAWrapper(nn.Module):
     """A frozen `base` with `adapters`; the shared bookkeeping of merging and strength.
 
@@ -141,8 +130,7 @@ class LoRAWrapper(nn.Module):
         # A tower in half precision hands over halves and wants halves back; autocast sees to both.
         half = x.dtype != a.dtype and not torch.is_autocast_enabled(x.device.type)
         x = x.to(a.dtype) if half else x
-        seen = drop(x, first.dropout.p) if self.training and first.dropout.p else x
-        low = F.linear(seen, a) * (first.scaling * first.strength)  # (…, n·r)
+        low = F.linear(first.dropout(x), a) * (first.scaling * first.strength)  # (…, n·r)
         more = F.linear(low, torch.block_diag(*[adapter.B for adapter in adapters]))  # (…, n·d_out)
         return y + (more.to(y.dtype) if half else more)
 

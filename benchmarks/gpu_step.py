@@ -6,8 +6,9 @@
 
 A step of stage 1 and of stage 2 at 2, 16 and 32 images, on the very `train_step` of train.py, with
 weights of the published shapes and random values (time does not depend on them) and random pictures
-that are already in memory. Each row adds one option to the row "none", the last takes all; all rows
-of a size run in turns in one process. Share of the peak: the floating-point operations that
+that are already in memory. Each row adds one option to the row "none", "all" takes all of them. One
+model at a time fits, so the rows of a size run one after the other, and "none" once more at the end
+shows what time alone did. Share of the peak: the floating-point operations that
 ``--plan`` counts, over the time, over the device's dense bf16 peak.
 
 "As the official recipe" is what its choices cost on this code: bf16 autocast, the tokenizer in bf16

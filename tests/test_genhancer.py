@@ -320,6 +320,21 @@ def test_parts_that_do_not_fit(make_genhancer, settings, message):
         make_genhancer(**settings)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_dropout_acts_in_stage_2s_training_alone(make_genhancer, stage):
+    """On the adapters' input (App. B); what else a tower knows of training mode stays off."""
+    model = make_genhancer()
+    model.start_stage1() if stage == 1 else model.start_stage2(dropout=0.5)
+    with torch.no_grad():
+        for name, parameter in model.visual.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_()
+    for training in (True, False):
+        model.train(training)
+        once, again = (model.encode(images())[0] for _ in range(2))
+        assert torch.equal(once, again) == (stage == 1 or not training)
+
+
 def test_wrong_choices_are_refused(make_genhancer):
     with pytest.raises(ValueError, match="'only' or 'all'"):
         make_genhancer().start_stage2(trains="some")

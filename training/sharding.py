@@ -27,6 +27,8 @@ def shared_out(model: nn.Module, process: Process, blocks: list[nn.Module], mesh
     What does not learn stays whole: it has neither gradient nor moments. With bf16 autocast the
     weights travel as bf16, which the products would make of them anyway; gradients are added up in
     float32.
+
+    Args: blocks: collected one by one; mesh: the ranks, where they are not those of `process`.
     """
     # Here and not above: these imports alone take half a second.
     from torch.distributed.device_mesh import init_device_mesh

@@ -18,15 +18,14 @@ from settings import Settings
 from training.process import Process
 
 # Lists of blocks, by the names that they have in this project, in open_clip and in timm.
+SEQUENCES = (nn.ModuleList, nn.Sequential)
 BLOCK_LISTS = ("double_blocks", "single_blocks", "layers", "resblocks", "blocks")
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks of the image tower and of the denoiser: where nearly all weights and work are."""
     for name, part in model.named_modules():
-        if name.rpartition(".")[2] in BLOCK_LISTS and isinstance(
-            part, nn.ModuleList | nn.Sequential
-        ):
+        if name.rpartition(".")[2] in BLOCK_LISTS and isinstance(part, SEQUENCES):
             yield from part
 
 
