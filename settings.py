@@ -339,6 +339,9 @@ def usual(preset: str, denoiser: str) -> dict:
 
 # What people type, and what it is called here.
 HINTS = {
+    "zero": "--shard shares weights, gradients and moments out among the ranks",
+    "fsdp": "--shard",
+    "vae_fp32": "--tokenizer_dtype fp32 (the default), or bf16",
     "lr": "the stages have rates of their own: --stage1_lr and --stage2_lr",
     "learning_rate": "the stages have rates of their own: --stage1_lr and --stage2_lr",
     "steps": "the stages have steps of their own: --stage1_steps and --stage2_steps",

@@ -76,6 +76,7 @@ from training.process import (
     union_over_ranks,
 )
 from training.sharding import whole
+from training.speed import check_switches
 from training.stages import Stage, begin, begin_or_resume, finish_writing, overdue, save
 
 
@@ -283,6 +284,7 @@ def main(settings: Settings) -> None:
             return
         # What can be refused comes first: the pictures, then the models, then what they make of
         # the pictures.
+        check_switches(settings, process)
         pictures = assemble.find_data(settings, process)  # no captions
         check_run(settings, len(pictures))
         _, model = assemble.build_model(settings, process)

@@ -1,10 +1,14 @@
 """speed.py and what goes with it: bf16 everywhere, frozen matrices, compiled blocks, one wait."""
 
+import os
+import subprocess
+import sys
 from functools import partialmethod
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 from safetensors.torch import save_file
 
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
@@ -93,7 +97,8 @@ def test_frozen_matrices_in_bf16_change_no_number(denoiser, number, flux):
 
 def test_frozen_matrices_cannot_be_bf16_in_a_run_in_float32(flux):
     with pytest.raises(ValueError, match="needs a run in bf16: add --precision bf16"):
-        started("flow", 1, flux, process=Process(), frozen_dtype="bf16")
+        speed.check_switches(Settings.of("toy", frozen_dtype="bf16"), Process())
+    speed.check_switches(Settings.of("toy", frozen_dtype="bf16"), HALF)
     stage, _ = started("flow", 1, flux, process=Process(), frozen_dtype="auto")
     assert {p.dtype for p in stage.model.parameters()} == {torch.float32}
 
@@ -126,6 +131,23 @@ def test_compiled_blocks_are_the_same_training(denoiser, flux, monkeypatch):
     (eager, weights), (other, other_weights) = found
     assert abs(eager - other) < 1e-5 and weights.keys() == other_weights.keys()
     assert all(torch.allclose(weights[k], other_weights[k], atol=1e-4) for k in weights)
+
+
+def test_where_nothing_can_be_compiled_a_line_says_so(tmp_path):
+    """No C++ compiler: before any model is built, and nothing is written."""
+    code = "import sys, train; train.run_command(lambda: train.main(train.command_line()))"
+    nothing = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    flags = ["--compile", "--runs", str(tmp_path / "runs"), "--toy_images", "8"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags],
+        cwd=ROOT,
+        env={**os.environ, **nothing},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr[-1000:]
+    assert "--compile: PyTorch cannot compile on this machine" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
 
 
 WAITS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__")

@@ -329,8 +329,10 @@ def claim(folder: Path, mine: dict, process: Process) -> None:
     if process.is_main:
         try:
             token = claimed(folder, mine)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"--cache {folder} cannot be written ({error.strerror}): give another folder"
     problem, token = agreed((problem, token), process)
     if problem:
         raise ValueError(problem)

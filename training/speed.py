@@ -29,6 +29,21 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
             yield from part
 
 
+def check_switches(settings: Settings, process: Process) -> None:
+    """Raises: ValueError where this machine, or the run's precision, cannot do what is asked."""
+    if settings.frozen_dtype == "bf16" and not process.autocast:
+        raise ValueError("--frozen_dtype bf16 needs a run in bf16: add --precision bf16")
+    if settings.compile:
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=process.device))
+        except Exception as error:  # no C++ compiler, no Triton, …: many kinds
+            said = next(line for line in str(error).splitlines() if line.strip())
+            raise ValueError(
+                f"--compile: PyTorch cannot compile on this machine ({said.strip()[:200]}): "
+                "install what it names (a C++ compiler, for GPUs Triton), or drop the flag"
+            ) from None
+
+
 def tune_tokenizer(model: GenHancer, settings: Settings, process: Process) -> None:
     """The tokenizer in its precision, and in the layout that convolutions like: a whole step on a
     CPU is shorter by 4 to 8 % for it."""
@@ -49,12 +64,8 @@ def lower_frozen(model: GenHancer, settings: Settings, process: Process) -> None
     nothing, stay in float32.
 
     The model cannot go back: what is written at the end is made from the checkpoint.
-
-    Raises: ValueError where bf16 is asked for in a run that computes in float32.
     """
     wanted = settings.frozen_dtype
-    if wanted == "bf16" and not process.autocast:
-        raise ValueError("--frozen_dtype bf16 needs a run in bf16: add --precision bf16")
     if wanted == "fp32" or not process.autocast or (wanted, process.device.type) == ("auto", "cpu"):
         return
     tokenizer = set(model.paradigm.tokenizer.modules())  # it has a precision of its own
