@@ -77,6 +77,20 @@ def test_a_step_and_a_grid_in_bf16(denoiser, number, more, flux, tmp_path, monke
     assert (tmp_path / "x.png").is_file(), capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [OSError("No space left"), ValueError("cannot be read")])
+def test_a_grid_never_ends_a_run(error, flux, tmp_path, monkeypatch, capsys):
+    """Too little memory in the drawing, a full disk, pictures that cannot be read: one line."""
+    stage, scenes = started("flow", 1, flux, process=Process())
+    if isinstance(error, OSError):
+        monkeypatch.setattr(runlog, "sample_grid", lambda *args: (_ for _ in ()).throw(error))
+    else:
+        monkeypatch.setattr(ToyScenes, "__getitem__", lambda *args: (_ for _ in ()).throw(error))
+    runlog.draw_samples(stage.model, scenes, tmp_path / "x.png", Process())
+    said = capsys.readouterr().err
+    assert said.startswith("no sample grid") and str(error) in said and said.count("\n") == 1
+    assert stage.model.training and not (tmp_path / "x.png").exists()
+
+
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
 def test_frozen_matrices_in_bf16_change_no_number(denoiser, number, flux):

@@ -175,14 +175,8 @@ def union_over_ranks(items: set[str], process: Process) -> set[str]:
     return set().union(*gathered)
 
 
-def wait_for_all(process: Process) -> None:
-    """No rank goes on before every rank is here."""
-    if process.ranks > 1:
-        dist.barrier()
-
-
 def wait_for_slowest(process: Process, what: str) -> None:
-    """As `wait_for_all`, for work that may keep one rank hours longer than another.
+    """No rank goes on before every rank is here, be it hours later.
 
     A collective of NCCL gives up after ten minutes. The store does not: every rank counts itself
     there once under `what`, and asks, twice a second, whether all have.

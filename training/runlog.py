@@ -103,11 +103,11 @@ class Window:
 def draw_samples(model: GenHancer, dataset, path: Path, process: Process) -> None:
     """The sample grid, in the run's precision and on generators of its own: it changes nothing of
     the run, and cannot end it. All ranks look through a model that is shared out; one writes."""
-    count = min(8, len(dataset))
-    images = torch.stack([as_floats(dataset[(i, 0)]["image"]) for i in range(count)])
     half, kind = process.autocast, process.device.type
     model.eval()
     try:
+        items = [dataset[(i, 0)] for i in range(min(8, len(dataset)))]
+        images = torch.stack([as_floats(item["image"]) for item in items])
         with (
             torch.random.fork_rng(),  # leave the global generator as the loop expects it
             collected(model),
@@ -116,7 +116,7 @@ def draw_samples(model: GenHancer, dataset, path: Path, process: Process) -> Non
             rows = reconstruct(model, images.to(process.device))
         if process.is_main:
             sample_grid({row.label: row.pictures for row in rows.values()}, path)
-    except (RuntimeError, OSError, ValueError) as error:  # too little memory for it, a full disk
+    except (RuntimeError, OSError, ValueError) as error:  # too little memory, a full disk
         said = " ".join(str(error).split())[:200]
         print(f"no sample grid {path}: {type(error).__name__}: {said}", file=sys.stderr)
     finally:
