@@ -9,7 +9,7 @@ These notes stand at a field where they apply, so that whoever adds a setting de
 
     first=True          shown by the short ``--help``
     at_least, at_most, above    bounds of a number
-    only="flow"         one denoiser alone knows this setting; beside the other it is refused
+    only="flow"         one denoiser alone knows this setting; without it, it is refused
     stage=2             it decides numbers of that stage only
     free=True           a resumed run may differ in it, since it changes no number of the run.
                         (`micro_batch` changes the rounding of sums, but may have to shrink after
@@ -21,6 +21,7 @@ These notes stand at a field where they apply, so that whoever adds a setting de
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -60,7 +61,8 @@ class Settings:
     runs: str = setting("runs", free=True, first=True)
     """folder of all runs"""
     stage1_from: str = setting("", free=True)
-    """another run's folder whose stage 1 to start stage 2 from (for ablations)"""
+    """another run's folder whose stage 1 to start stage 2 from (for ablations); of several
+    denoisers their folders in order, A,B"""
     # -- what is looked at
     # One crop feeds CLIP and the tokenizer alike, at CLIP's resolution. Nearly all of the picture
     # is kept, and it is never mirrored: "facing left" must stay true.
@@ -88,8 +90,12 @@ class Settings:
     # -- the generation paradigm (Key Point #3)
     # Tab. 6: 31.9 continuous, 28.9 discrete on OpenAI's L/14; the other way round on SigLIP at
     # 224 px, 42.2 and 45.2.
-    denoiser: str = setting("flow", choices=("flow", "perceiver"), first=True)
-    """continuous: 'flow' on VAE latents; discrete: masked 'perceiver' on VQ-GAN indices"""
+    denoiser: str = setting("flow", choices=("flow", "perceiver", "flow+perceiver"), first=True)
+    """continuous: 'flow' on VAE latents; discrete: masked 'perceiver' on VQ-GAN indices; or both,
+    each with a stage 1 of its own, teaching together in stage 2"""
+    # A nat of cross-entropy pulls harder than a unit of squared error.
+    loss_weights: str = setting("", stage=2)
+    """weights of several denoisers' losses in the sum, like 1,0.2"""
     # -- what others trained
     clip: str = setting("ViT-L-14-quickgelu:openai", free=True, first=True)
     """CLIP: NAME:TAG of open_clip, FILE.safetensors or FOLDER"""
@@ -242,6 +248,26 @@ class Settings:
         """``Settings.of("toy", denoiser="perceiver", batch=8)``: a preset, and what differs."""
         return cls(preset, **changes)
 
+    @property
+    def denoisers(self) -> list[str]:
+        """Those that teach in stage 2."""
+        return self.denoiser.split("+")
+
+    def weights(self) -> list[float]:
+        """`loss_weights` as numbers, one a denoiser. Raises: ValueError where they are none."""
+        given = self.loss_weights.split(",") if self.loss_weights else ["1"] * len(self.denoisers)
+        try:
+            found = [float(w) for w in given]
+        except ValueError:
+            found = []
+        if len(found) != len(self.denoisers) or not all(0 <= w < math.inf for w in found):
+            count = len(self.denoisers)
+            raise ValueError(
+                f"--loss_weights {self.loss_weights!r}: expected {count} numbers from 0 on, like "
+                f"{','.join(['1', '0.2'][:count])}, one for each of --denoiser {self.denoiser}"
+            )
+        return found
+
     def steps(self, stage: int) -> int:
         """Optimiser steps of a stage."""
         return self.stage1_steps if stage == 1 else self.stage2_steps
@@ -316,6 +342,16 @@ TOY_PERCEIVER = {
     "stage2_lr": 9e-4,
     "drift_weight": 0.1,
 }
+# Both at once: the batch between theirs, and more drift weight, since two losses pull.
+JOINT = {"loss_weights": "1,0.2"}
+TOY_JOINT = {
+    **JOINT,
+    "batch": 48,
+    "micro_batch": 48,
+    "stage2_steps": 500,
+    "stage2_lr": 9e-4,
+    "drift_weight": 0.04,
+}
 # The full size's Perceiver is a twelfth of its flow denoiser, and fits one GPU as it is.
 PERCEIVER = {"width": 1024, "heads": 16}
 # For people with photographs and one GPU of 12 GB or more: OpenAI's smallest ViT, a denoiser of
@@ -328,13 +364,17 @@ def usual(preset: str, denoiser: str) -> dict:
     """Every setting of a preset with a denoiser: what a run has that gives nothing else."""
     chosen = {field.name: field.default for field in fields(Settings)}
     chosen |= {"preset": preset, "denoiser": denoiser}
-    flow = denoiser == "flow"
+    # Where both teach, a number that both know has the flow's value here; each one's stage 1 still
+    # takes its own (`alone`).
+    flow, both = "flow" in denoiser.split("+"), "+" in denoiser
+    joint = JOINT if both else {}
     if preset == "toy":
-        return chosen | TOY | (TOY_FLOW if flow else TOY_PERCEIVER)
+        discrete = TOY_PERCEIVER if denoiser != "flow" else {}
+        return chosen | TOY | discrete | (TOY_FLOW if flow else {}) | (TOY_JOINT if both else {})
     chosen["clip"] = BACKBONES.get(preset, "")
     if preset == "openai-b32-224":
-        return chosen | ONE_GPU | (ONE_GPU_FLOW if flow else PERCEIVER)
-    return chosen if flow else chosen | PERCEIVER
+        return chosen | ONE_GPU | (ONE_GPU_FLOW if flow else PERCEIVER) | joint
+    return chosen | ({} if flow else PERCEIVER) | joint
 
 
 # What people type, and what it is called here.
@@ -392,10 +432,10 @@ def check(settings: Settings) -> None:
         )
     usually = usual(settings.preset, settings.denoiser)
     for field in fields(settings):
-        owner = field.metadata.get("only", settings.denoiser)
+        owner = field.metadata.get("only", settings.denoisers[0])
         if getattr(settings, field.name) == usually[field.name]:
             continue
-        if owner != settings.denoiser:
+        if owner not in settings.denoisers:
             raise ValueError(
                 f"--{field.name} is of the {owner} denoiser and would do nothing here: drop it, or "
                 f"add --denoiser {owner}"
@@ -406,7 +446,13 @@ def check(settings: Settings) -> None:
             )
     if settings.cache_dtype != usually["cache_dtype"] and not settings.cache:
         raise ValueError("--cache_dtype would do nothing without --cache: drop it")
-    check_shape(settings)
+    if settings.loss_weights and len(settings.denoisers) == 1:
+        raise ValueError("--loss_weights would do nothing with one denoiser: drop it")
+    settings.weights()
+    for part in parts(settings):
+        check_shape(part)
+    if settings.stage1_from:
+        stage1_runs(settings)
 
 
 def check_shape(settings: Settings) -> None:
@@ -437,12 +483,49 @@ def relevant(settings: Settings, stage: int) -> dict:
     chosen = {}
     for name, value in of_stage(settings, stage).items():
         notes = notes_of(name)
-        known = notes.get("only", settings.denoiser) == settings.denoiser
+        known = notes.get("only", settings.denoisers[0]) in settings.denoisers
         # With a constant rate a run may be prolonged; under a cosine, the length bends the curve.
         length = name == f"stage{stage}_steps" and settings.schedule == "constant"
         if known and not length and not notes.get("free"):
             chosen[name] = notes.get("compared", lambda whole: whole)(value)
     return chosen
+
+
+def parts(settings: Settings) -> list[Settings]:
+    """Every denoiser's own settings: those of its stage 1, and of its shape. One alone is the run
+    itself. Of several, each has a run of its own, RUNS/NAME/DENOISER, with its own preset's numbers
+    but for what was given by hand."""
+    if len(settings.denoisers) == 1:
+        return [settings]
+    usually, found = usual(settings.preset, settings.denoiser), []
+    for name in settings.denoisers:
+        # A setting of the other denoiser, or of stage 2, means nothing there.
+        given = {
+            key: value
+            for key, value in asdict(settings).items()
+            if value != usually[key]
+            and notes_of(key).get("only", name) == name
+            and notes_of(key).get("stage") != 2
+        }
+        where = {"runs": str(run_directory(settings)), "name": name, "stage": "both"}
+        given |= {**where, "denoiser": name, "stage1_from": "", "plan": False}
+        found.append(Settings(**{**usual(settings.preset, name), **given}))
+    return found
+
+
+def stage1_runs(settings: Settings) -> list[Path]:
+    """Where each denoiser's stage 1 lies or will lie. Raises: ValueError where --stage1_from names
+    another number of runs."""
+    if not settings.stage1_from:
+        return [run_directory(part) for part in parts(settings)]
+    several = len(settings.denoisers) > 1
+    runs = settings.stage1_from.split(",") if several else [settings.stage1_from]
+    if len(runs) != len(settings.denoisers):
+        raise ValueError(
+            f"--stage1_from {settings.stage1_from}: expected one run for each of --denoiser "
+            f"{settings.denoiser}, with a comma between them"
+        )
+    return [Path(run.strip()) for run in runs]
 
 
 def of_stage(settings: Settings, stage: int) -> dict:

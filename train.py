@@ -26,7 +26,7 @@ from dataclasses import replace
 from itertools import islice
 
 from settings import HINTS, Settings, run_directory
-from training.preflight import check_run, finished, preflight, stages_of
+from training.preflight import check_run, finished, jobs_of, preflight, stages_of
 from util.cli import parse_settings, run_command
 
 
@@ -92,7 +92,7 @@ def train_step(stage: Stage, pieces: list[dict], measure_drift: bool = False) ->
         measure_drift: also where it is no part of the loss. It needs a second look through the
             original tower.
     Returns: "loss", "gradient_norm" before clipping and "lr", and what `GenHancer.forward` returns
-        per image: "per_image" losses, "level" and, where known, "accuracy" and "drift", (B,) each.
+        per image, (B,) each.
     Raises: ValueError where loss or gradient are not finite.
     """
     process, loss, found = stage.process, 0.0, []
@@ -218,19 +218,18 @@ def agree_on_unreadable(stage: Stage, pictures: int, bar: tqdm) -> None:
 
 def write_line(stage: Stage, lr: float, speed: float) -> None:
     """A line of metrics.jsonl, and a new window."""
-    codes = getattr(stage.model.paradigm.tokenizer.config, "codes", None)  # K; None: continuous
     stage.window.gather()
     line = {
         "stage": stage.number,
         "step": stage.done,
         "images": stage.done * stage.settings.batch,
-        **stage.window.line(codes),
+        **stage.window.line(),
         "lr": lr,
         "images_per_s": round(speed, 1),
         "memory_gb": round(runlog.memory_gb(stage.process.device), 2),
         "unreadable": len(stage.unreadable),
     }
-    stage.window = runlog.Window(stage.model.paradigm.level, stage.process)
+    stage.window = runlog.Window(stage.model, stage.process)
     if stage.process.is_main:
         runlog.append_metrics(stage.folder.parent / "metrics.jsonl", line, stage.board)
 
@@ -252,8 +251,7 @@ def train_steps(
         settings: rates, batch, LoRA and seed; by default the toy's.
     """
     if settings is None:
-        discrete = model.paradigm.level == "mask_ratio"
-        settings = Settings.of("toy", denoiser="perceiver" if discrete else "flow")
+        settings = Settings.of("toy", denoiser="+".join(model.paradigms))
     settings = replace(settings, **{f"stage{stage}_steps": steps})
     underway = begin(stage, model, settings, Process(device=model.mean.device))
     for pieces in islice(underway.global_batches(data), steps):
@@ -290,11 +288,11 @@ def main(settings: Settings) -> None:
         _, model = assemble.build_model(settings, process)
         assemble.warn_of_toy_tokenizer(settings, model, pictures, process)
         dataset = assemble.hold(pictures, model, settings, process)
-        for number in stages_of(settings):
-            if model is None:
-                _, model = assemble.build_model(settings, process)
-            run_stage(number, model, dataset, settings, process)
-            model = None  # with its gradients, moments and hooks; the next stage reads what it left
+        del model  # each stage starts from a fresh one, and reads what the one before it left
+        for job, number in jobs_of(settings):
+            _, model = assemble.build_model(job, process)
+            run_stage(number, model, dataset, job, process)
+            del model  # with its gradients, moments and hooks
         if 2 in stages_of(settings) and process.is_main:
             run = run_directory(settings)
             write_enhanced(*assemble.load_run(run), settings, run)

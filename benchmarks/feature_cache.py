@@ -25,7 +25,8 @@ from report import facts, headline, parser, publish, table
 import train
 from data import FileList, Pictures, find_images
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
-from genhancer import Continuous, GenHancer
+from genhancer import GenHancer
+from paradigms import Continuous
 from pretrained.autoencoders import VAE, AutoencoderConfig
 from pretrained.backbones import ClipInfo
 from settings import Settings

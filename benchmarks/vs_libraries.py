@@ -36,8 +36,9 @@ from report import facts, headline, parser, publish, table
 from torch import Tensor, nn
 
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
-from genhancer import Continuous, GenHancer
+from genhancer import GenHancer
 from lora import inject_lora, lora_layers
+from paradigms import Continuous
 from pretrained.autoencoders import VAE, AutoencoderConfig
 from pretrained.backbones import ClipInfo, build_clip
 from settings import Settings
@@ -208,7 +209,8 @@ class TheirStep:
         self.vae = their_vae(model.paradigm.tokenizer)
         self.denoiser = their_denoiser(model.paradigm.denoiser)
         self.tower = their_tower(clip, size.clip, adapted=self.number == 2)
-        self.vector, self.context = model.project_vector, model.project_context
+        own = model.paradigm.projectors
+        self.vector, self.context = own["project_vector"], own["project_context"]
         self.mean, self.std = model.mean, model.std
         for part in (self.denoiser, self.vector, self.context):
             part.train().requires_grad_(self.number == 1)

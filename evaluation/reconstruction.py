@@ -33,13 +33,14 @@ class Row(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(
-    model, images: Tensor, seed: int = 0, *, condition: Tensor | None = None, **how
+    model, images: Tensor, seed: int = 0, *, name: str = "", condition: Tensor | None = None, **how
 ) -> dict[str, Row]:
     """Rows by the names above.
 
     Args:
         model: a GenHancer; images: (B, 3, H, W) in [0, 1].
         seed: of noise and masks.
+        name: of the paradigm that draws, where the model has several; empty: the first.
         condition: global tokens (B, d) in the place of the images' own, e.g. those of other images
             or of another CLIP.
         how: `steps` of sampling (25 Euler steps, 8 of parallel decoding); continuous: `noise`
@@ -52,19 +53,20 @@ def reconstruct(
     given = "[CLS]" if condition is None else "a [CLS] of your choice"
     given += f" and {model.local_ratio:g} % of the patch tokens" * bool(model.local_ratio)
     given += " alone" * (not model.local_ratio)
-    told = model.condition(
-        features if condition is None else condition, patches, draws.get("local_order")
-    )
-    draw = _discrete if "order" in draws else _continuous
-    known = {"steps", "ratio" if "order" in draws else "noise"}
+    paradigm = model.paradigms[name] if name else model.paradigm
+    chosen = model.choose_local(patches, draws.get("local_order"))
+    told = paradigm.condition(features if condition is None else condition, chosen)
+    discrete = paradigm.name == "perceiver"
+    draw = _discrete if discrete else _continuous
+    known = {"steps", "ratio" if discrete else "noise"}
     if wrong := how.keys() - known:
         raise ValueError(f"reconstruct: this paradigm knows {sorted(known)}, not {sorted(wrong)}")
     # Weights that are kept in bf16 (FLUX's, and all frozen ones on a GPU) need it, as in training.
-    parts = *model.visual.parameters(), *model.paradigm.denoiser.parameters()
+    parts = *model.visual.parameters(), *paradigm.denoiser.parameters()
     half = any(p.dtype == torch.bfloat16 for p in parts)
     half = half or torch.is_autocast_enabled(images.device.type)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-        rows = draw(model.paradigm, images, draws, (told, given), {"seed": seed, **how})
+        rows = draw(paradigm, images, draws, (told, given), {"seed": seed, **how})
     return {"original": Row(images, "original"), **rows}
 
 

@@ -223,7 +223,9 @@ def at(student, t, shift=0):
     """Held-out loss at time t; `shift` = 1: with the *next* scene's [CLS], its own patch tokens."""
     given = {**student.draw_from(list(range(257)), scenes.device), "t": torch.full((256,), t)}
     with torch.no_grad():
-        condition = student.condition(cls.roll(shift, 0), patches, given.get("local_order"))
+        condition = student.paradigm.condition(
+            cls.roll(shift, 0), student.choose_local(patches, given.get("local_order"))
+        )
         task = student.paradigm.hide(known, given)  # x_t, t and the velocity to find
         return float(student.paradigm.losses(task, *condition)["per_image"].mean())
 
@@ -272,13 +274,14 @@ garbage = torch.randn(patches.shape, generator=torch.Generator().manual_seed(0))
 for r, student in students.items():
     order = student.draw_from(list(range(257)), scenes.device).get("local_order")  # (256, 16)
     with torch.no_grad():
-        context, vector = student.condition(cls, patches, order)  # (256, T, 64), (256, 64)
-        instead, _ = student.condition(cls, garbage, order)
+        # (256, T, 64), (256, 64)
+        context, vector = student.paradigm.condition(cls, student.choose_local(patches, order))
+        instead, _ = student.paradigm.condition(cls, student.choose_local(garbage, order))
     same = torch.equal(context, instead)
     print(f"{r:3} % local: T = {context.shape[1]:2} condition tokens; noise for patches:", end=" ")
     print("no difference" if same else "another condition")
     assert same == (r == 0) and context.shape[1] == 1 + round(r / 100 * 16)
-assert students[0].project_local is None and students[0].encode(scenes)[1] is None
+assert students[0].paradigm.project_local is None and students[0].encode(scenes)[1] is None
 
 
 # %%
@@ -287,7 +290,8 @@ def pushes(student):
     tokens = cls.clone().requires_grad_(), patches.clone().requires_grad_()
     given = student.draw_from(list(range(257)), scenes.device)
     given["t"] = torch.full((256,), near_noise)
-    condition = student.condition(*tokens, given.get("local_order"))
+    chosen = student.choose_local(tokens[1], given.get("local_order"))
+    condition = student.paradigm.condition(tokens[0], chosen)
     loss = student.paradigm.losses(student.paradigm.hide(known, given), *condition)["per_image"]
     found = torch.autograd.grad(loss.mean(), tokens, allow_unused=True)
     return [None if g is None else float(g.norm()) for g in found]

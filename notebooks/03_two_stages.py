@@ -80,7 +80,7 @@ def losses(model, cls, seed):
     """Eq. (3) for each image of the probe, given its [CLS] (64, d): (64,). `seed`: noise, times."""
     drawn = model.draw_from([1000 * seed + i for i in range(len(cls) + 1)], cls.device)
     task = model.paradigm.hide(tokens, drawn)  # x_t, t, and the velocity to guess
-    return model.paradigm.losses(task, *model.condition(cls))["per_image"]
+    return model.paradigm.losses(task, *model.paradigm.condition(cls))["per_image"]
 
 
 def push(model, seeds):

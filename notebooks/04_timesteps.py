@@ -133,7 +133,7 @@ def at_time(time):
     norm = torch.cat([p.grad.flatten() for p in learning]).norm()
     with torch.no_grad():
         task = model.paradigm.hide(cached, draws)
-        other = model.condition(cached["original"].roll(1, 0))  # the neighbour's
+        other = model.paradigm.condition(cached["original"].roll(1, 0))  # the neighbour's
         worse = model.paradigm.losses(task, *other)["per_image"].mean()
     return float(loss.detach()), float(norm), float(worse)
 

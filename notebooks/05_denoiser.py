@@ -240,7 +240,7 @@ hook = ready.paradigm.denoiser.double_blocks[0].register_forward_hook(
 def looks_at_time(t):
     """Attention weights of all 17 tokens, mean over heads and images: (17, 17)."""
     task = ready.paradigm.hide(tokens, {**draws, "t": torch.full((64,), t)})
-    ready.paradigm.losses(task, *ready.condition(tokens["original"]))
+    ready.paradigm.losses(task, *ready.paradigm.condition(tokens["original"]))
     img, txt, c, turns = seen["inputs"]  # a turn is a complex number of size 1 per pair
     (q, k, _), _ = joint_heads(seen["block"], {"txt": txt, "img": img}, c)
     return weights_of(q, k, turns.angle()).mean((0, 1))

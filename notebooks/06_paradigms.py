@@ -144,7 +144,7 @@ given = {
 
 @torch.no_grad()
 def loss(model, cached, draws, tokens):  # mean over images, given these global tokens
-    context, vector = model.condition(tokens)
+    context, vector = model.paradigm.condition(tokens)
     task = model.paradigm.hide(cached, draws)
     return float(model.paradigm.losses(task, context, vector)["per_image"].mean())
 
@@ -208,7 +208,7 @@ def pull(model, draws):  # the summed gradient at [CLS] over several draws, (64,
         drawn = model.draw_from([seed, *range(1000 * seed, 1000 * seed + 64)], tokens.device)
         with torch.no_grad():
             task = model.paradigm.hide(model.paradigm.tokenize(scenes[:64]), drawn)
-        context, vector = model.condition(tokens)
+        context, vector = model.paradigm.condition(tokens)
         model.paradigm.losses(task, context, vector)["per_image"].sum().backward()
     return tokens.grad
 

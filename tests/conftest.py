@@ -89,7 +89,8 @@ def make_genhancer(tiny_vae, tiny_vqgan):
     """A whole GenHancer of a few thousand parameters; keywords go to it or to its paradigm."""
     import open_clip
 
-    from genhancer import Continuous, Discrete, GenHancer
+    from genhancer import GenHancer
+    from paradigms import Continuous, Discrete
     from pretrained.backbones import ClipInfo
 
     def make(denoiser="flow", **settings):

@@ -28,8 +28,8 @@ def test_every_rank_builds_the_same(denoiser):
     _, other = assemble.build_model(Settings(**{**vars(settings), "seed": 1}), HERE)
     c = other.state_dict()
     changed = {k.split(".")[0] for k in a if not torch.equal(a[k], c[k])}
-    assert "paradigm" in changed and "visual" not in changed
-    tokenizer = [k for k in a if k.startswith("paradigm.tokenizer")]
+    assert "paradigms" in changed and "visual" not in changed
+    tokenizer = [k for k in a if k.startswith(f"paradigms.{denoiser}.tokenizer")]
     assert tokenizer and all(torch.equal(a[k], c[k]) for k in tokenizer)
 
 

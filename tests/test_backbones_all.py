@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from evaluation.encoder import Encoder
 from flow_denoiser import FlowDenoiser
-from genhancer import Continuous, GenHancer
+from genhancer import GenHancer
 from lora import lora_layers
+from paradigms import Continuous
 from pretrained import backbones
 from pretrained.autoencoders import VAE
 from pretrained.backbones import ClipInfo, build_clip, describe_clip, encode_visual, load_clip

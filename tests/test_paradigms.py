@@ -1,4 +1,4 @@
-"""The two paradigms of genhancer.py: what each draws, hides, asks for and shows."""
+"""The two paradigms of paradigms.py: what each draws, hides, asks for and shows."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_DENOISER, TINY_PERCEIVER
 
 from flow_denoiser import FlowDenoiser
-from genhancer import Continuous, Discrete
+from paradigms import Continuous, Discrete
 from perceiver_denoiser import PerceiverDenoiser, split_positions
 
 

@@ -20,6 +20,7 @@ from tiny_runs import (
     assert_another_run,
     equal,
     metrics,
+    parts_in,
     tensors,
     train,
     train_here,
@@ -59,11 +60,8 @@ def test_what_a_run_leaves_behind(straight):
 
 
 def test_checkpoints_hold_what_trains_and_nothing_else(straight):
-    assert {n.split(".")[0] for n in tensors(straight, 1)} == {
-        "paradigm",
-        "project_vector",
-        "project_context",
-    }
+    names = ("denoiser", "project_vector", "project_context")
+    assert parts_in(straight, 1) == {f"paradigms.flow.{name}" for name in names}
     assert not any("tokenizer" in n for n in tensors(straight, 1))
     stage2 = tensors(straight, 2)
     assert all(n.startswith("visual.") and n.endswith((".A", ".B", "bias")) for n in stage2)
@@ -188,9 +186,8 @@ def test_end_to_end_has_no_stage_1(tmp_path):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "e"
     assert not (run / "stage1").exists()
-    assert {"visual", "paradigm", "project_vector", "project_context"} == {
-        n.split(".")[0] for n in tensors(run, 2)
-    }
+    names = ("denoiser", "project_vector", "project_context")
+    assert parts_in(run, 2) == {"visual", *(f"paradigms.flow.{name}" for name in names)}
 
 
 def test_stage1_from_another_run(straight, tmp_path):
@@ -224,7 +221,8 @@ def test_perceiver_metrics_stand_beside_ln_k(perceiver):
 
 
 def test_perceiver_checkpoints_samples_and_enhanced_model(perceiver):
-    assert {n.split(".")[0] for n in tensors(perceiver, 1)} == {"paradigm", "project_context"}
+    names = ("denoiser", "project_context")
+    assert parts_in(perceiver, 1) == {f"paradigms.perceiver.{name}" for name in names}
     assert all(n.startswith("visual.") for n in tensors(perceiver, 2))
     grid = np.asarray(Image.open(perceiver / "samples" / "stage2_step000004.png"))
     assert grid.std() > 10 and grid.shape[0] > 5 * 96, "five rows"
@@ -293,9 +291,9 @@ def test_every_perceiver_ablation_changes_the_run(short_perceiver, tmp_path, nam
 def test_perceiver_end_to_end(tmp_path):
     done = train_here(tmp_path, "e", "--end_to_end", tiny=PERCEIVER)
     assert done.returncode == 0, done.stderr
-    assert {"visual", "paradigm", "project_context"} == {
-        n.split(".")[0] for n in tensors(tmp_path / "e", 2)
-    }
+    names = ("denoiser", "project_context")
+    found = parts_in(tmp_path / "e", 2)
+    assert found == {"visual", *(f"paradigms.perceiver.{name}" for name in names)}
 
 
 def test_the_two_denoisers_do_not_share_a_run(straight, perceiver):

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, SIGLIP
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_runs import COMMON, PERCEIVER, TINY, equal, metrics, tensors, train_here
+from tiny_runs import COMMON, PERCEIVER, TINY, equal, metrics, parts_in, tensors, train_here
 
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
 from pretrained.backbones import load_clip
@@ -106,8 +106,8 @@ def test_published_flux_as_the_denoiser(tmp_path):
     done = train_here(tmp_path, "flux", tiny=flags)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "flux"
-    parts = {n.split(".")[0] for n in tensors(run, 1)}
-    assert parts == {"project_vector", "project_context"}
+    names = ("project_vector", "project_context")
+    assert parts_in(run, 1) == {f"paradigms.flow.{name}" for name in names}
     assert (run / "enhanced" / "open_clip_model.safetensors").is_file()
     losses = [line["loss"] for line in metrics(run)]
     assert all(math.isfinite(loss) for loss in losses)

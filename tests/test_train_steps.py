@@ -36,12 +36,13 @@ def test_it_is_the_same_training(straight):
 def test_what_each_step_says(given):
     settings = Settings.of("toy", **given)
     _, model = build_model(settings)
+    name = settings.denoiser
     for stage in (1, 2):
         for metric in train_steps(model, ToyScenes(32, seed=1), 2, stage, settings):
             assert metric["loss"] > 0 and metric["gradient_norm"] > 0 and metric["lr"] > 0
-            assert metric["per_image"].shape == metric["level"].shape == (16,)
+            assert metric["per_image"].shape == metric[f"{name}.level"].shape == (16,)
             assert ("drift" in metric) == (stage == 2)
-            assert ("accuracy" in metric) == (given is DISCRETE)
+            assert (f"{name}.accuracy" in metric) == (given is DISCRETE)
 
 
 def test_the_toys_settings_are_the_default():

@@ -74,6 +74,14 @@ def metrics(run):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
+def parts_in(run, stage):
+    """What a stage's checkpoint holds: "visual", and parts of paradigms."""
+    names = tensors(run, stage)
+    return {
+        n.split(".")[0] if n.startswith("visual") else ".".join(n.split(".")[:3]) for n in names
+    }
+
+
 def tensors(run, stage, what="trained"):
     """Of a stage's newest checkpoint: what was trained, or AdamW's "moments"."""
     return load_file(ckpt.checkpoints_in(run / f"stage{stage}")[-1] / f"{what}.safetensors")

@@ -16,12 +16,13 @@ from tqdm import tqdm
 from data import CachedPictures, FileList, Pictures, as_floats, find_images
 from evaluation.reconstruction import kept, psnr
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
-from genhancer import Continuous, Discrete, GenHancer
+from genhancer import GenHancer
+from paradigms import Continuous, Discrete, Paradigm
 from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
 from pretrained.autoencoders import VAE, VQGAN, VQGANConfig, load_vae, load_vqgan
 from pretrained.backbones import ClipInfo, describe_clip, load_clip
 from pretrained.flux import load_flux
-from settings import TOY_DIR, Settings, settings_of_run
+from settings import TOY_DIR, Settings, parts, settings_of_run, stage1_runs
 from toy.world import IMAGE_SIZE as TOY_SIZE
 from toy.world import ToyScenes
 from training import checkpoints as ckpt
@@ -62,40 +63,54 @@ def build_model(
     The text tower is needed only when the result is written, and stays on the CPU.
     """
     process = process or start_process(settings.precision)
-    continuous = settings.denoiser == "flow"
     clip, info = load_clip(settings.clip)
-    tokenizer = load_vae(settings.vae) if continuous else load_vqgan(settings.vqgan)
+    tokenizers = [
+        load_vae(part.vae) if part.denoiser == "flow" else load_vqgan(part.vqgan)
+        for part in parts(settings)
+    ]
     # Whatever loading drew from the global generator, the denoiser starts from this seed.
     torch.manual_seed(seed_of("denoiser", settings.seed))
-    if settings.flux:
-        denoiser = load_flux(settings.flux, torch.bfloat16 if process.autocast else torch.float32)
-    elif continuous:
-        denoiser = FlowDenoiser(flow_config(settings, tokenizer.config.latent_channels))
-    else:
-        denoiser = PerceiverDenoiser(perceiver_config(settings, info.image_size, tokenizer.config))
-    model = join(settings, clip, info, tokenizer, denoiser).to(process.device)
+    half = torch.bfloat16 if process.autocast else torch.float32
+    paradigms = [
+        paradigm_of(part, info, tokenizer, load_flux(part.flux, half) if part.flux else None)
+        for part, tokenizer in zip(parts(settings), tokenizers, strict=True)
+    ]
+    model = join(settings, clip, info, paradigms).to(process.device)
     speed.tune_tokenizer(model, settings, process)
     return clip, model
 
 
-def join(
-    settings: Settings, clip: torch.nn.Module, info: ClipInfo, tokenizer: VAE | VQGAN, denoiser
-) -> GenHancer:
-    """The loaded parts as one module."""
+def paradigm_of(
+    settings: Settings, info: ClipInfo, tokenizer: VAE | VQGAN, denoiser: FlowDenoiser | None = None
+) -> Paradigm:
+    """One denoiser's settings as its paradigm; with a fresh denoiser where none is given."""
     if settings.denoiser == "flow":  # FLUX's VAE and a small FLUX-like transformer (Fig. 3 b)
-        paradigm = Continuous(
+        return Continuous(
             tokenizer,
-            denoiser,
+            denoiser or FlowDenoiser(flow_config(settings, tokenizer.config.latent_channels)),
             info.image_size,
             times=(settings.time_distribution, settings.time_scale),
             sample_posterior=settings.posterior,
         )
-    else:  # a VQ-GAN and a small Perceiver (Fig. 3 c)
-        paradigm = Discrete(
-            tokenizer, denoiser, info.image_size, mask_range=(settings.mask_from, settings.mask_to)
-        )
+    return Discrete(  # a VQ-GAN and a small Perceiver (Fig. 3 c)
+        tokenizer,
+        PerceiverDenoiser(perceiver_config(settings, info.image_size, tokenizer.config)),
+        info.image_size,
+        mask_range=(settings.mask_from, settings.mask_to),
+    )
+
+
+def join(
+    settings: Settings, clip: torch.nn.Module, info: ClipInfo, paradigms: list[Paradigm]
+) -> GenHancer:
+    """The loaded parts as one module."""
     return GenHancer(
-        clip, info, paradigm, local_ratio=settings.local_ratio, drift_weight=settings.drift_weight
+        clip,
+        info,
+        paradigms,
+        loss_weights=settings.weights(),
+        local_ratio=settings.local_ratio,
+        drift_weight=settings.drift_weight,
     )
 
 
@@ -142,31 +157,47 @@ def load_run(run: str | Path, stage: int = 2) -> tuple[torch.nn.Module, GenHance
     if stage not in (1, 2) or (stage == 1 and settings.end_to_end):
         raise ValueError(f"run {run}: stage {stage!r}; there is {'2' if stage == 1 else '1 or 2'}")
     clip, model = build_model(settings)
-    needed = [1, 2][:stage] if not settings.end_to_end else [2]
-    for number in needed:  # stage 2's own file holds the adapters alone
-        folder = Path(settings.stage1_from or run) if (number, stage) == (1, 2) else run
-        found = ckpt.checkpoints_in(folder / f"stage{number}")
-        if not found:
-            raise FileNotFoundError(f"run {run}: no checkpoint in {folder / f'stage{number}'}")
-        # Another CLIP, tokenizer or stage 1 than it was trained against would load, and be wrong.
-        mine = {"fingerprints": fingerprints_of(model, number)}
-        message = f"{found[-1]} was trained beside other parts ({{what}}: {{difference}})"
-        require_same(read_state(found[-1]), mine, message)
-        model.start_stage1() if number == 1 else start_stage2(model, settings)
-        ckpt.restore(model, found[-1])
+    if not settings.end_to_end:
+        for name, folder in zip(model.paradigms, stage1_runs(settings), strict=True):
+            # A moved run's config names folders where it was written.
+            own = run / name if len(model.paradigms) > 1 else run
+            here = own if not settings.stage1_from or stage == 1 else folder
+            model.start_stage1(name)
+            put_back(model, here, 1, (name,))
+    if stage == 2:  # its own file holds the adapters alone
+        start_stage2(model, settings)
+        put_back(model, run, 2)
     return clip, model.eval()
 
 
-def fingerprints_of(model: GenHancer, stage: int) -> dict[str, str]:
-    """Of what does not learn in a stage. A checkpoint holds only what trains; these say what it was
-    trained against."""
-    parts = {"clip": model.visual, "tokenizer": model.paradigm.tokenizer}
-    if stage == 2 or not model.paradigm.denoiser_learns:
-        parts["denoiser"] = model.paradigm.denoiser
-    if stage == 2:  # what stage 1 handed over
-        names = ("project_vector", "project_context", "project_local")
-        parts |= {name: getattr(model, name) for name in names}
-    return {name: fingerprint(part) for name, part in parts.items() if part is not None}
+def put_back(model: GenHancer, run: Path, stage: int, names: tuple[str, ...] = ()) -> None:
+    """What learns, as the newest checkpoint of a run's stage left it.
+
+    Raises: FileNotFoundError where there is none; ValueError for one that was trained beside other
+        parts: another CLIP, tokenizer or stage 1 would load, and be wrong.
+    """
+    found = ckpt.checkpoints_in(run / f"stage{stage}")
+    if not found:
+        raise FileNotFoundError(f"run {run}: no checkpoint in {run / f'stage{stage}'}")
+    mine = {"fingerprints": fingerprints_of(model, stage, *names)}
+    message = f"{found[-1]} was trained beside other parts ({{what}}: {{difference}})"
+    require_same(read_state(found[-1]), mine, message)
+    ckpt.restore(model, found[-1])
+
+
+def fingerprints_of(model: GenHancer, stage: int, *names: str) -> dict[str, str]:
+    """Of what does not learn in a stage, of all paradigms or those named. A checkpoint holds only
+    what trains; these say what it was trained against."""
+    # In stage 2 the adapters are no part of what was given; `original` is the tower without them.
+    found = {"clip": model.visual if model.original is None else model.original}
+    for name in names or model.paradigms:
+        paradigm = model.paradigms[name]
+        found[f"{name}.tokenizer"] = paradigm.tokenizer
+        if stage == 2 or not paradigm.denoiser_learns:
+            found[f"{name}.denoiser"] = paradigm.denoiser
+        if stage == 2:  # what stage 1 handed over
+            found |= {f"{name}.{key}": module for key, module in paradigm.projectors.items()}
+    return {name: fingerprint(part) for name, part in found.items()}
 
 
 def start_stage2(model: GenHancer, settings: Settings) -> None:
@@ -258,15 +289,20 @@ def warn_of_toy_tokenizer(
 ) -> None:
     """The toy's tokenizers were trained on its scenes. Of photographs they keep blobs of colour,
     and a denoiser can draw nothing better."""
-    file = Path(settings.vae if settings.denoiser == "flow" else settings.vqgan)
-    if not settings.data or file.resolve().parent != TOY_DIR or not process.is_main:
-        return
+    for part in parts(settings):
+        file = Path(part.vae if part.denoiser == "flow" else part.vqgan)
+        if settings.data and file.resolve().parent == TOY_DIR and process.is_main:
+            say_what_is_kept(model.paradigms[part.denoiser], file, pictures, process)
+
+
+def say_what_is_kept(paradigm: Paradigm, file: Path, pictures: Dataset, process: Process) -> None:
+    """Of toy scenes and of these pictures."""
     found = []
     for source in (ToyScenes(16, seed=0), pictures):
         items = [source[(i, 0)]["image"] for i in range(min(16, len(source)))]
         images = as_floats(torch.stack(items)).to(process.device)
         with torch.no_grad():
-            found.append(psnr(images, kept(model.paradigm, images)))
+            found.append(psnr(images, kept(paradigm, images)))
     print(
         f"note: {file.name} was made for the toy's scenes, of which it keeps {found[0]:.1f} dB "
         f"(PSNR); of these pictures {found[1]:.1f}. The denoiser can draw nothing better: for "

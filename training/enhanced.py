@@ -13,7 +13,7 @@ import torch
 from genhancer import GenHancer
 from lora import lora_state_dict, merged_state_dict
 from pretrained.backbones import ClipInfo
-from settings import Settings, relevant
+from settings import Settings, parts, relevant, stage1_runs
 from training.runlog import read_metrics
 from util.files import save_tensors, write_atomically
 
@@ -47,7 +47,8 @@ def write_enhanced(clip: torch.nn.Module, model: GenHancer, settings: Settings, 
 # ------------------------------------------------------------------------------------------------
 def model_card(info: ClipInfo, settings: Settings, run: Path) -> str:
     """What the enhanced model is, how to use it, what it cost and what made it, as Markdown."""
-    tokenizer = settings.vae if settings.denoiser == "flow" else settings.vqgan
+    tokenizers = [p.vae if p.denoiser == "flow" else p.vqgan for p in parts(settings)]
+    named = " and ".join(f"`{without_path(tokenizer)}`" for tokenizer in tokenizers)
     chosen = "\n".join(f"| {name} | {value} |" for name, value in relevant(settings, 2).items())
     return f"""---
 library_name: open_clip
@@ -66,9 +67,9 @@ In transformers' layout, for LLaVA and others: `python export_hf.py`, from open_
 
 ## How it was made
 
-| stage | steps | images seen | loss | drift 1 − cos |
-|---|---|---|---|---|
-{metrics_rows(run)}
+| denoiser | stage | steps | images seen | loss | drift 1 − cos |
+|---|---|---|---|---|---|
+{metrics_rows(settings, run)}
 
 Benchmark figures: `python eval_mmvp.py --model runs/{run.name}` writes them into the \
 run's folder `eval/`.
@@ -80,9 +81,8 @@ Settings that decide the numbers of stage 2; {where_stage1_is(settings)}:
 {chosen}
 
 Licence: these weights are derived from the base model's and stand under its licence \
-(OpenAI's CLIP: MIT; MetaCLIP: CC-BY-NC 4.0; SigLIP: Apache 2.0; the toy: MIT). The image \
-tokenizer ({without_path(tokenizer)}) and the training images taught them, but none of their \
-content is inside.
+(OpenAI's CLIP: MIT; MetaCLIP: CC-BY-NC 4.0; SigLIP: Apache 2.0; the toy: MIT). {named} \
+and the training images taught them, but none of their content is inside.
 """
 
 
@@ -153,16 +153,22 @@ def as_code(lines: str) -> str:
     return f"```python\n{lines}\n```"
 
 
-def metrics_rows(run: Path) -> str:
-    """The last line of each stage of metrics.jsonl, as rows of a table."""
-    metrics, last = read_metrics(run), {}
-    for row, stage in enumerate(metrics["stage"]):
-        last[stage] = {name: column[row] for name, column in metrics.items()}
-    return "\n".join(
-        f"| {stage} | {line['step']} | {line['images']:,} | {line['loss']:.4f} | "
-        f"{line.get('drift') or 0:.4f} |"
-        for stage, line in sorted(last.items())
-    )
+def metrics_rows(settings: Settings, run: Path) -> str:
+    """The last line of each stage of metrics.jsonl, as rows of a table. Several denoisers have
+    learnt to draw in runs of their own, inside this one."""
+    own = [] if settings.stage1_from or settings.end_to_end else parts(settings)
+    runs = [(part.denoiser, run / part.name) for part in own if part is not settings]
+    rows = []
+    for denoiser, folder in [*runs, (settings.denoiser, run)]:
+        metrics, last = read_metrics(folder), {}
+        for row, stage in enumerate(metrics["stage"]):
+            last[stage] = {name: column[row] for name, column in metrics.items()}
+        rows += [
+            f"| {denoiser} | {stage} | {line['step']} | {line['images']:,} | {line['loss']:.4f} | "
+            f"{line.get('drift') or 0:.4f} |"
+            for stage, line in sorted(last.items())
+        ]
+    return "\n".join(rows)
 
 
 def where_stage1_is(settings: Settings) -> str:
@@ -171,8 +177,11 @@ def where_stage1_is(settings: Settings) -> str:
         return "there was no stage 1 (end to end)"
     where = "in `config.json`, `stages` → `1` → `settings`"
     if settings.stage1_from:
-        name = Path(settings.stage1_from).name
-        return f"stage 1 was that of the run `{name}`, whose settings are there {where}"
+        names = " and ".join(f"`{folder.name}`" for folder in stage1_runs(settings))
+        return f"stage 1 was that of the run {names}, whose settings are there {where}"
+    if len(settings.denoisers) > 1:
+        folders = " and ".join(f"`{name}/`" for name in settings.denoisers)
+        return f"those of the stages 1 are in the run's folders {folders}, {where}"
     return f"those of stage 1 are in the run's folder, {where}"
 
 

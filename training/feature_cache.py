@@ -35,6 +35,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -295,12 +296,13 @@ def disk_cache(
 
 def whose(cache: FeatureCache, model: GenHancer, settings: Settings) -> dict:
     """Everything that decides the numbers of a cache, and where they lie in it."""
-    parts = {"clip": model.visual, "tokenizer": model.paradigm.tokenizer}
-    architecture = model.architecture()
+    parts = {"clip": (model.visual, model.info.open_clip_config())}
+    for name, paradigm in model.paradigms.items():
+        parts[name] = paradigm.tokenizer, asdict(paradigm.tokenizer.config)
     crops = {name: getattr(settings, name) for name in ("crop_min", "crop_white", "seed")}
     types = {name: str(cache.record[name]) for name in cache.record.names}
     return {
-        **{k: {"weights": fingerprint(v), **architecture[k]} for k, v in parts.items()},
+        **{k: {"weights": fingerprint(part), **about} for k, (part, about) in parts.items()},
         "pictures": {"count": len(cache), "names": names_of(cache.pictures), **crops},
         "records": types,
         "layout": {"version": LAYOUT, "per_file": cache.per_file, "at_once": cache.at_once},

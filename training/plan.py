@@ -25,16 +25,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flow_denoiser import FlowDenoiser
 from genhancer import GenHancer
-from perceiver_denoiser import PerceiverDenoiser
 from pretrained.autoencoders import FLUX_VAE, TAMING_VQGAN, VAE, VQGAN, published_config, registered
 from pretrained.backbones import build_clip, describe_clip
 from pretrained.flux import FLUX_TRANSFORMER
-from settings import Settings
+from settings import Settings, parts
 from training import assemble, speed
 from training.fakes import Watch, imagined_ranks, local, without_memory
 from training.feature_cache import cache_bytes
 from training.plan_report import Plan, StagePlan, report
-from training.preflight import check_batch
+from training.preflight import check_batch, jobs_of
 from training.process import Process
 from training.sharding import shared_out
 
@@ -53,22 +52,21 @@ def skeleton(settings: Settings, half: bool = False) -> tuple[torch.nn.Module, G
     info, _ = describe_clip(settings.clip)
     with torch.device("meta"):
         clip = build_clip(info).eval()
-        if settings.denoiser == "flow":
-            vae = registered(settings.vae)
-            tokenizer = vae or VAE(published_config(settings.vae, FLUX_VAE))
-            config = FLUX_TRANSFORMER
-            if not settings.flux:
-                config = assemble.flow_config(settings, tokenizer.config.latent_channels)
-            denoiser = FlowDenoiser(config)
-        else:
-            vqgan = registered(settings.vqgan)
-            tokenizer = vqgan or VQGAN(published_config(settings.vqgan, TAMING_VQGAN))
-            config = assemble.perceiver_config(settings, info.image_size, tokenizer.config)
-            denoiser = PerceiverDenoiser(config)
-        tokenizer.eval().requires_grad_(False).to("meta")  # a registered one brings its weights
-        if settings.flux:  # as `load_flux` leaves it
-            denoiser = denoiser.to(torch.bfloat16 if half else torch.float32).requires_grad_(False)
-        return clip, assemble.join(settings, clip, info, tokenizer, denoiser)
+        paradigms = []
+        for part in parts(settings):
+            if part.denoiser == "flow":
+                vae = registered(part.vae)
+                tokenizer = vae or VAE(published_config(part.vae, FLUX_VAE))
+            else:
+                vqgan = registered(part.vqgan)
+                tokenizer = vqgan or VQGAN(published_config(part.vqgan, TAMING_VQGAN))
+            tokenizer.eval().requires_grad_(False).to("meta")  # a registered one brings its weights
+            flux = None
+            if part.flux:  # as `load_flux` leaves it
+                flux = FlowDenoiser(FLUX_TRANSFORMER).requires_grad_(False)
+                flux = flux.to(torch.bfloat16 if half else torch.float32)
+            paradigms.append(assemble.paradigm_of(part, info, tokenizer, flux))
+        return clip, assemble.join(settings, clip, info, paradigms)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -124,15 +122,17 @@ def start(model: GenHancer, settings: Settings, stage: int) -> None:
 
 def one_batch(model: GenHancer, count: int, device: str) -> tuple[torch.Tensor, dict]:
     """Images and draws of `count` images; a discrete denoiser gets its mean number of masks."""
-    side, paradigm = model.info.image_size, model.paradigm
-    if hasattr(paradigm, "mask_range"):
-        order = torch.arange(paradigm.tokens).expand(count, -1)
-        masked = round(paradigm.tokens * sum(paradigm.mask_range) / 2)
-        draws = {"order": order, "count": torch.tensor(masked)}
-        if model.local_ratio:
-            draws["local_order"] = torch.arange(model.patch_tokens).expand(count, -1)
-    else:
-        draws = model.draw([torch.Generator() for _ in range(count)], torch.Generator())
+    side = model.info.image_size
+    draws = {}
+    for paradigm in model.paradigms.values():
+        if hasattr(paradigm, "mask_range"):
+            masked = round(paradigm.tokens * sum(paradigm.mask_range) / 2)
+            order = torch.arange(paradigm.tokens).expand(count, -1)
+            draws |= {"order": order, "count": torch.tensor(masked)}
+        else:
+            draws |= paradigm.draw([torch.Generator() for _ in range(count)], torch.Generator())
+    if model.local_ratio:
+        draws["local_order"] = torch.arange(model.patch_tokens).expand(count, -1)
     draws = {k: v if k == "count" else v.to(device) for k, v in draws.items()}
     return torch.zeros(count, 3, side, side, device=device), draws
 
@@ -159,21 +159,21 @@ def watched_step(model: GenHancer, settings: Settings, process: Process, shard: 
             parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
     cached = model.precompute(images) if settings.cache else None
-    paradigm, held = model.paradigm, (*moments, *gradients, images, *draws.values())
+    held = *moments, *gradients, images, *draws.values()
     watch = Watch([*model.parameters(), *model.buffers(), *held, *(cached or {}).values()])
-    tokenize = paradigm.tokenize
+    tokenize = model.tokenize
 
     def watched(images: torch.Tensor) -> dict[str, torch.Tensor]:
         with watch.during("tokenizer"):
             return tokenize(images)
 
-    paradigm.tokenize = watched
+    model.tokenize = watched
     with watch:
         with torch.autocast("cpu", torch.bfloat16, process.autocast):
             kept, result = saved_for_backward(model, images, draws, cached)
         with watch.during("backward pass"):
             result["loss"].backward()
-    del paradigm.tokenize
+    del model.tokenize
     memory = {**static_memory(model), "kept for the backward pass": kept}
     count = sum(p.numel() for p in learning)
     return {"trainable": count, "memory": memory, "peaks": watch.peaks, "flops": watch.flops}
@@ -214,15 +214,15 @@ def make_plan(settings: Settings, ranks: int, device: str, other: bool = False) 
     """
     clip, model = skeleton(settings)
     text = "text tower (stays on the host)"
-    projectors = [model.project_vector, model.project_context, model.project_local]
-    parts = {
+    taught = model.paradigms.values()
+    groups = {
         "image tower": [clip.visual],
         text: [],
-        "projectors": [p for p in projectors if p is not None],
-        f"denoiser ({settings.denoiser})": [model.paradigm.denoiser],
-        "tokenizer": [model.paradigm.tokenizer],
+        "projectors": [projector for p in taught for projector in p.projectors.values()],
+        **{f"denoiser ({p.name})": [p.denoiser] for p in taught},
+        "tokenizer" + "s" * (len(taught) > 1): [p.tokenizer for p in taught],
     }
-    counts = {k: sum(p.numel() for m in v for p in m.parameters()) for k, v in parts.items()}
+    counts = {k: sum(p.numel() for m in v for p in m.parameters()) for k, v in groups.items()}
     whole = sum(p.numel() for p in clip.parameters())
     counts[text] = whole - counts["image tower"]
     plan = Plan(
@@ -231,9 +231,9 @@ def make_plan(settings: Settings, ranks: int, device: str, other: bool = False) 
         device,
         in_half(settings, device),
         counts,
-        tokens=model.paradigm.tokens,
+        tokens=sum(p.tokens for p in taught),
         patch_tokens=model.patch_tokens,
-        width=model.project_context[0].normalized_shape[0],
+        width=model.paradigm.project_context[0].normalized_shape[0],
         enhanced=4 * whole,
         text=4 * counts[text],
     )
@@ -264,5 +264,10 @@ def print_plan(settings: Settings, ranks: int) -> None:
     ranks = ranks if device == "cuda" else 1
     if settings.batch % ranks:
         raise ValueError(f"--batch {settings.batch} is no multiple of --gpus {ranks}")
-    check_batch(settings, ranks)
-    print(report(make_plan(settings, ranks, device, other=True)))
+    # Several denoisers: each one's own stage 1, then the stage 2 that they share.
+    jobs = [settings]
+    if len(settings.denoisers) > 1:
+        jobs = [replace(job, stage=str(number)) for job, number in jobs_of(settings)]
+    for job in jobs:
+        check_batch(job, ranks)
+        print(report(make_plan(job, ranks, device, other=True)))

@@ -11,7 +11,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from settings import Settings, relevant, run_directory
+from settings import Settings, parts, relevant, run_directory, stage1_runs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -69,6 +69,13 @@ def stages_of(settings: Settings) -> list[int]:
     return [n for n in (1, 2) if settings.stage in (str(n), "both") and (n == 2 or first)]
 
 
+def jobs_of(settings: Settings) -> list[tuple[Settings, int]]:
+    """What this start does, in order: a stage, and the settings it runs with. Of several denoisers
+    each learns to draw by itself."""
+    found = [(alone, 1) for alone in parts(settings) if 1 in stages_of(settings)]
+    return found + [(settings, 2)] * (2 in stages_of(settings))
+
+
 SHAPE = (
     "denoiser", "blocks", "layers", "learnt_latents", "width", "heads", "rope_axes", "vector_dim",
     "context_dim", "guidance", "local_ratio",
@@ -80,7 +87,8 @@ SHAPE = (
 # ------------------------------------------------------------------------------------------------
 def preflight(settings: Settings, ranks: int) -> None:
     """Raises: ValueError or FileNotFoundError, naming what is wrong, where, and what to do."""
-    check_batch(settings, ranks)
+    for job, _ in jobs_of(settings):
+        check_batch(job, ranks)
     check_files(settings)
     check_run(settings)
     if settings.tensorboard and not importlib.util.find_spec("tensorboard"):
@@ -109,13 +117,12 @@ def check_files(settings: Settings) -> None:
             raise FileNotFoundError(f"--data: no folder and no file {data}")
         if data.is_dir() and not any(data.iterdir()):
             raise ValueError(f"--data: folder {data} is empty: no images, no tar shards")
-    flow = settings.denoiser == "flow"
-    if flow and not settings.vae:
+    if "flow" in settings.denoisers and not settings.vae:
         raise ValueError(
             "--vae is missing: give FLUX.1's ae.safetensors (its Apache-2.0 'schnell' repository "
             "has it)"
         )
-    if not flow and not settings.vqgan:
+    if "perceiver" in settings.denoisers and not settings.vqgan:
         raise ValueError(
             "--vqgan is missing: give a taming-transformers f16 VQ-GAN (K = 1024 or 16384), as "
             "safetensors or as the published ckpt"
@@ -137,50 +144,63 @@ def check_run(settings: Settings, pictures: int | None = None) -> None:
     run = run_directory(settings)
     if not Path(settings.runs).is_dir() and Path(settings.runs).exists():
         raise ValueError(f"--runs {settings.runs} is a file: give a folder")
-    for number in stages_of(settings):
-        folder = run / f"stage{number}"
-        if found := checkpoints_in(folder):
-            old, mine = dict(read_state(found[-1])["settings"]), relevant(settings, number)
-            if pictures is None:
-                old.pop("images", None)
-            else:
-                mine["images"] = pictures
-            # The denoiser first: another one differs in a dozen settings that follow from it.
-            for names in ({"denoiser"}, old.keys() | mine.keys()):
-                pair = ({"settings": {n: s.get(n) for n in names}} for s in (old, mine))
-                require_same(*pair, other_run(folder))
+    for job, number in jobs_of(settings):
+        check_checkpoint(job, number, pictures)
+    first = list(zip(parts(settings), stage1_runs(settings), strict=True))
     if 1 in stages_of(settings) and checkpoints_in(run / "stage2"):
-        found = checkpoints_in(run / "stage1")
-        step = read_state(found[-1])["step"] if found else 0
-        if step < settings.stage1_steps:
-            raise ValueError(
-                f"{run / 'stage2'} began from a stage 1 of {step} steps: {settings.stage1_steps} "
-                "would take its beginning away; choose another --name, or delete that folder"
-            )
+        for part, own in first:
+            found = checkpoints_in(own / "stage1")
+            step = read_state(found[-1])["step"] if found else 0
+            if step < part.stage1_steps:
+                raise ValueError(
+                    f"{run / 'stage2'} began from a stage 1 of {step} steps: {part.stage1_steps} "
+                    "would take its beginning away; choose another --name, or delete that folder"
+                )
     if 1 not in stages_of(settings) and not settings.end_to_end:
-        folder = Path(settings.stage1_from or run) / "stage1"
-        if not checkpoints_in(folder):
-            raise ValueError(
-                f"stage 2 needs stage 1, and {folder} holds no checkpoint: run --stage 1 first, or "
-                "name a run that has one with --stage1_from"
-            )
-        # What shapes projectors and denoiser: stage 2 takes over stage 1's.
-        newest = checkpoints_in(folder)[-1]
-        shape = {n: v for n, v in relevant(settings, 1).items() if n in SHAPE}
-        old = {n: read_state(newest)["settings"].get(n) for n in shape}
-        message = f"stage 1 in {newest} had other {{what}} ({{difference}}): give the same flags"
-        require_same({"settings": old}, {"settings": shape}, message)
+        for part, own in first:
+            check_stage1(part, own / "stage1")
+
+
+def check_checkpoint(settings: Settings, number: int, pictures: int | None) -> None:
+    """Of one stage: `check_run` asks this of each."""
+    folder = run_directory(settings) / f"stage{number}"
+    if found := checkpoints_in(folder):
+        old, mine = dict(read_state(found[-1])["settings"]), relevant(settings, number)
+        if pictures is None:
+            old.pop("images", None)
+        else:
+            mine["images"] = pictures
+        # The denoiser first: another one differs in a dozen settings that follow from it.
+        for names in ({"denoiser"}, old.keys() | mine.keys()):
+            pair = ({"settings": {n: s.get(n) for n in names}} for s in (old, mine))
+            require_same(*pair, other_run(folder))
+
+
+def check_stage1(settings: Settings, folder: Path) -> None:
+    """What stage 2 is to start from: a stage 1 that exists, of the same shape."""
+    if not checkpoints_in(folder):
+        raise ValueError(
+            f"stage 2 needs stage 1, and {folder} holds no checkpoint: run --stage 1 first, or "
+            "name a run that has one with --stage1_from"
+        )
+    # What shapes projectors and denoiser: stage 2 takes over stage 1's.
+    newest = checkpoints_in(folder)[-1]
+    shape = {n: v for n, v in relevant(settings, 1).items() if n in SHAPE}
+    old = {n: read_state(newest)["settings"].get(n) for n in shape}
+    message = f"stage 1 in {newest} had other {{what}} ({{difference}}): give the same flags"
+    require_same({"settings": old}, {"settings": shape}, message)
 
 
 def finished(settings: Settings) -> str:
     """A line that says so, where nothing is left to do; else ""."""
     run, said = run_directory(settings), []
-    for number in stages_of(settings):
-        found = checkpoints_in(run / f"stage{number}")
+    for job, number in jobs_of(settings):
+        found = checkpoints_in(run_directory(job) / f"stage{number}")
         step = read_state(found[-1])["step"] if found else -1
-        if step < settings.steps(number):
+        if step < job.steps(number):
             return ""
-        said.append(f"stage {number} at step {step}")
+        whose = f" of {job.denoiser}" * (job is not settings)
+        said.append(f"stage {number}{whose} at step {step}")
     enhanced = run / "enhanced"
     if 2 in stages_of(settings):
         if not (enhanced / "README.md").is_file():  # it is written last

@@ -37,21 +37,25 @@ class Window:
     Sums and counts, not means: they can be added over steps and ranks in any split. What this rank
     has seen stays on its device, where adding to it makes nobody wait, until `gather`.
 
-    Args: level: the name of what losses are binned by, "t" or "mask_ratio"; state: `state()` of an
-        earlier window, to go on from.
+    Args: model: its paradigms say what losses are binned by; state: `state()` of an earlier window,
+        to go on from.
     """
 
-    def __init__(self, level: str, process: Process, state: dict | None = None):
-        state = state or {"per_bin": np.zeros((3, BINS)), "drift": np.zeros(2), "norm": np.zeros(2)}
-        self.level, self.process = level, process
-        self.per_bin = np.array(state["per_bin"])  # sums of loss and right guesses, and the count
+    def __init__(self, model: GenHancer, process: Process, state: dict | None = None):
+        self.paradigms, self.weights = dict(model.paradigms), model.loss_weights
+        self.process = process
+        shape = len(self.paradigms), 3, BINS
+        state = state or {"per_bin": np.zeros(shape), "drift": np.zeros(2), "norm": np.zeros(2)}
+        # Of each paradigm: sums of loss and of right guesses, and the count.
+        self.per_bin = np.array(state["per_bin"])
         self.drift = np.array(state["drift"])  # its sum, and the count
         self.norm = np.array(state["norm"])  # of the gradient: its sum over steps, and their count
         self._clear()
 
     def _clear(self) -> None:
         how = {"dtype": torch.float64, "device": self.process.device}
-        self._per_bin_here, self._drift_here = torch.zeros(3, BINS, **how), torch.zeros(2, **how)
+        self._per_bin_here = torch.zeros(len(self.paradigms), 3, BINS, **how)
+        self._drift_here = torch.zeros(2, **how)
 
     def state(self) -> dict:
         """As JSON has it; of what has been gathered."""
@@ -60,14 +64,15 @@ class Window:
     def add(self, result: dict) -> None:
         """Add one step: what `train_step` returned."""
         self.norm += (result["gradient_norm"], 1)
-        bins = (result["level"] * BINS).long().clamp(0, BINS - 1)  # (B,)
-        losses = result["per_image"].double()
-        right = result.get("accuracy", torch.zeros_like(losses)).double()
-        for row, values in enumerate((losses, right, torch.ones_like(losses))):
-            self._per_bin_here[row].index_add_(0, bins, values)
+        for name, rows in zip(self.paradigms, self._per_bin_here, strict=True):
+            bins = (result[f"{name}.level"] * BINS).long().clamp(0, BINS - 1)  # (B,)
+            losses = result[f"{name}.per_image"].double()
+            right = result.get(f"{name}.accuracy", torch.zeros_like(losses)).double()
+            for row, values in zip(rows, (losses, right, torch.ones_like(losses)), strict=True):
+                row.index_add_(0, bins, values)
         if "drift" in result:
             self._drift_here[0] += result["drift"].double().sum()
-            self._drift_here[1] += len(bins)
+            self._drift_here[1] += len(result["drift"])
 
     def gather(self) -> None:
         """Add what all ranks have seen since the last time. All must ask."""
@@ -75,22 +80,28 @@ class Window:
         if self.process.ranks > 1:
             dist.all_reduce(together)
         seen = together.cpu().numpy()
-        self.per_bin, self.drift = self.per_bin + seen[:-2].reshape(3, BINS), self.drift + seen[-2:]
+        self.per_bin = self.per_bin + seen[:-2].reshape(self.per_bin.shape)
+        self.drift = self.drift + seen[-2:]
         self._clear()
 
-    def line(self, codes: int | None = None) -> dict:
+    def line(self) -> dict:
         """Means over the window. A bin nothing fell into is null.
 
-        With a codebook of `codes` entries, the accuracy on masked tokens stands beside the loss,
-        and ln K beside both: what guessing uniformly would cost.
+        With a codebook of K entries, the accuracy on masked tokens stands beside the loss, and ln K
+        beside both: what guessing uniformly would cost.
         """
-        loss, right, count = self.per_bin
-        line = {"loss": loss.sum() / count.sum()}
-        if codes:
-            line |= {"uniform_guess": math.log(codes), "accuracy": right.sum() / count.sum()}
-            line[f"accuracy_per_{self.level}_bin"] = self._per_bin(right, count)
-        line[f"loss_per_{self.level}_bin"] = self._per_bin(loss, count)
-        line["gradient_norm"] = self.norm[0] / self.norm[1]
+        parts, line = {}, {"loss": 0.0}
+        for (name, paradigm), sums in zip(self.paradigms.items(), self.per_bin, strict=True):
+            loss, right, count = sums
+            mean = loss.sum() / count.sum()
+            line["loss"] += self.weights[name] * mean
+            if len(self.paradigms) > 1:
+                parts[f"loss_{name}"] = mean
+            if codes := getattr(paradigm.tokenizer.config, "codes", None):  # K; None: continuous
+                parts |= {"uniform_guess": math.log(codes), "accuracy": right.sum() / count.sum()}
+                parts[f"accuracy_per_{paradigm.level}_bin"] = self._per_bin(right, count)
+            parts[f"loss_per_{paradigm.level}_bin"] = self._per_bin(loss, count)
+        line |= parts | {"gradient_norm": self.norm[0] / self.norm[1]}
         if self.drift[1]:
             line["drift"] = self.drift[0] / self.drift[1]
         return line
@@ -113,9 +124,10 @@ def draw_samples(model: GenHancer, dataset, path: Path, process: Process) -> Non
             collected(model),
             torch.autocast(kind, torch.bfloat16, enabled=half),
         ):
-            rows = reconstruct(model, images.to(process.device))
+            drawn = [reconstruct(model, images.to(process.device), name=n) for n in model.paradigms]
         if process.is_main:
-            sample_grid({row.label: row.pictures for row in rows.values()}, path)
+            rows = [row for rows in drawn for row in rows.values()]  # the originals once
+            sample_grid({row.label: row.pictures for row in rows}, path)
     except (RuntimeError, OSError, ValueError) as error:  # too little memory, a full disk
         said = " ".join(str(error).split())[:200]
         print(f"no sample grid {path}: {type(error).__name__}: {said}", file=sys.stderr)

@@ -45,12 +45,12 @@ def check_switches(settings: Settings, process: Process) -> None:
 
 
 def tune_tokenizer(model: GenHancer, settings: Settings, process: Process) -> None:
-    """The tokenizer in its precision, and in the layout that convolutions like: a whole step on a
+    """Tokenizers in their precision, and in the layout that convolutions like: a whole step on a
     CPU is shorter by 4 to 8 % for it."""
-    tokenizer = model.paradigm.tokenizer
-    if settings.tokenizer_dtype == "bf16":
-        tokenizer.to(torch.bfloat16)
-    tokenizer.to(memory_format=torch.channels_last)
+    for paradigm in model.paradigms.values():
+        if settings.tokenizer_dtype == "bf16":
+            paradigm.tokenizer.to(torch.bfloat16)
+        paradigm.tokenizer.to(memory_format=torch.channels_last)
     if process.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # one size of image: the search is paid for once
 
@@ -68,9 +68,10 @@ def lower_frozen(model: GenHancer, settings: Settings, process: Process) -> None
     wanted = settings.frozen_dtype
     if wanted == "fp32" or not process.autocast or (wanted, process.device.type) == ("auto", "cpu"):
         return
-    tokenizer = set(model.paradigm.tokenizer.modules())  # it has a precision of its own
+    # Tokenizers have a precision of their own.
+    tokenizers = {part for p in model.paradigms.values() for part in p.tokenizer.modules()}
     for module in model.modules():
-        if module in tokenizer:
+        if module in tokenizers:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if is_matrix(module, name) and not parameter.requires_grad:

@@ -18,7 +18,7 @@ from torch import nn
 
 from data import MicroBatches, Share, batches
 from genhancer import GenHancer
-from settings import Settings, relevant, run_directory
+from settings import Settings, relevant, run_directory, stage1_runs
 from training import assemble, runlog, speed
 from training import checkpoints as ckpt
 from training.assemble import seed_of
@@ -134,7 +134,7 @@ def begin(
         speed.compile_blocks(model)
     groups = assemble.parameter_groups(model, settings, number)  # who learns, and how fast
     optimizer = assemble.make_optimizer(groups, settings)
-    window = runlog.Window(model.paradigm.level, process)
+    window = runlog.Window(model, process)
     return Stage(number, model, learner, settings, process, optimizer, window)
 
 
@@ -147,7 +147,8 @@ def begin_or_resume(
     """
     run = run_directory(settings)
     if number == 2 and not settings.end_to_end:
-        take_over_stage1(model, Path(settings.stage1_from or run), process)
+        for name, own in zip(model.paradigms, stage1_runs(settings), strict=True):
+            take_over_stage1(model, name, own, process)
     folder = run / f"stage{number}"
     mine = {
         "architecture": model.architecture(),
@@ -170,7 +171,7 @@ def begin_or_resume(
         runlog.trim_metrics(run / "metrics.jsonl", number, stage.done)
         steps, count = settings.steps(number), sum(p.numel() for p in stage.learning)
         print(
-            f"stage {number}: {count / 1e6:.2f} M trainable parameters, step {stage.done} of "
+            f"stage {number}, {settings.denoiser}: {count / 1e6:.2f} M trainable parameters, step {stage.done} of "
             f"{steps}, {steps * settings.batch:,} images to see"
         )
     return stage
@@ -197,17 +198,17 @@ def newest_for_all(folder: Path, process: Process) -> Path | None:
     return newest
 
 
-def take_over_stage1(model: GenHancer, run: Path, process: Process) -> None:
-    """Projectors and denoiser as the newest stage 1 of `run` left them. (That there is one was seen
-    before anything was loaded.) Raises: ValueError where it does not fit, and why."""
+def take_over_stage1(model: GenHancer, name: str, run: Path, process: Process) -> None:
+    """A paradigm's projectors and denoiser as the newest stage 1 of `run` left them. (That there is
+    one was seen before anything was loaded.) Raises: ValueError where it does not fit, and why."""
     newest = newest_for_all(run / "stage1", process)
     # The tower that stage 1 looked through must be the very one that stage 2 adapts: same shape,
     # same weights. A denoiser that learnt to read other features would teach nonsense.
-    mine = {"architecture": model.architecture()}
-    mine["fingerprints"] = assemble.fingerprints_of(model, 1)
+    mine = {"architecture": model.architecture(name)}
+    mine["fingerprints"] = assemble.fingerprints_of(model, 1, name)
     message = f"stage 1 in {newest} differs from this run in its {{what}}: {{difference}}"
     require_same(read_state(newest), mine, message)
-    model.start_stage1()
+    model.start_stage1(name)
     ckpt.restore(model, newest)
 
 
@@ -217,7 +218,7 @@ def resume(stage: Stage, checkpoint: Path) -> None:
     state = read_state(checkpoint)
     ckpt.restore_moments(stage.model, stage.optimizer, checkpoint)
     stage.done, stage.unreadable = state["step"], set(state["unreadable"])
-    stage.window = runlog.Window(stage.model.paradigm.level, stage.process, state["window"])
+    stage.window = runlog.Window(stage.model, stage.process, state["window"])
 
 
 def save(stage: Stage) -> None:
