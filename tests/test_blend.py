@@ -1,4 +1,4 @@
-"""training/blend.py: the dial after training, and what it refuses."""
+"""training/blend.py: the dial after training, and what it refuses; benchmarks/strength.py."""
 
 import json
 import re
@@ -16,11 +16,15 @@ from test_wrong_input import command
 from tiny_runs import train_here
 
 from evaluation.encoder import load_encoders
+from evaluation.scoring import score
 from pretrained.backbones import load_clip
 from toy import benchmark
 from toy.world import TOY_DIR
 from training.blend import CARD, CONFIG, FILES, MARK, WEIGHTS, blend, check_weights
 from util import files
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import strength  # noqa: E402
 
 TOY = TOY_DIR / "clip.safetensors"
 BLEND = "training/blend.py "
@@ -297,3 +301,45 @@ def test_a_write_that_fails_leaves_what_was_there(
         assert got == code and words in text
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
     assert not (tmp_path / "new").exists()
+
+
+# -- benchmarks/strength.py ----------------------------------------------------------------------
+def test_strengths_are_measured_as_the_judges_do(world):
+    """At 0 and 1 the verdicts are those of the models on the disk; n models at strength n are the
+    sum of their changes."""
+    asked = strength.questions(per_pattern=3, scenes=30)
+    start, a, b = original_tensors(), tensors_of(world, "lora"), tensors_of(world, "direct")
+    models = [str(TOY), str(world["runs"] / "direct")]
+    rows = strength.measure_strengths(start, [b], [0, 1, 2], asked)
+    assert [row["strength"] for row in rows] == [row["weight"] for row in rows] == [0, 1, 2]
+    for row, encoder in zip(rows, load_encoders(models, progress=False), strict=False):
+        for side, told in strength.SIDES.items():
+            items = benchmark.pairs(told, 3, seed=0)
+            expected = score(encoder, items, benchmark.TEMPLATE)["text-to-image"]
+            assert row[side].dtype == bool and (row[side] == expected).all()
+        assert row["subject"].shape == (30,) and row["subject"].mean() > 0.8
+    cosines = [row["cosine"] for row in rows]
+    assert cosines[0] == pytest.approx(1, abs=1e-6) and cosines[2] < cosines[1] < 1 - 1e-6
+    [both] = strength.measure_strengths(start, [a, b], [2], asked)
+    added = {k: a[k].double() + b[k].double() - start[k].double() for k in a}
+    [summed] = strength.measure_strengths(start, [{k: added[k].float() for k in a}], [1], asked)
+    assert both["weight"] == 1 and both["cosine"] == pytest.approx(summed["cosine"], abs=1e-6)
+
+
+def test_the_report_of_strengths(world, monkeypatch):
+    """Every run alone, then their average as far as the sum goes; nothing of the machine."""
+    small, said = strength.questions(per_pattern=3, scenes=30), {}
+    monkeypatch.setattr(strength, "questions", lambda: small)
+    monkeypatch.setattr(strength, "STRENGTHS", (0.0, 1.0, 2.0))
+    monkeypatch.setattr(strength, "publish", lambda name, lines, about: said.update(about=about))
+    runs = [str(world["lora"]), str(world["runs"] / "direct" / "enhanced")]
+    monkeypatch.setattr(sys, "argv", ["strength.py", "--run", runs[0], "--run", runs[1]])
+    strength.main()
+    rows = said["about"]["rows"]
+    assert list(rows) == ["lora", "direct", "average of lora and direct"]
+    assert [row["strength"] for row in rows["lora"]] == [0, 1, 2]
+    both = rows["average of lora and direct"]
+    assert [(row["strength"], row["weight"]) for row in both] == [(0, 0), (1, 0.5), (2, 1), (4, 2)]
+    assert both[0]["unmentioned"]["change"] == 0 and both[0]["subject"]["hits"] > 24
+    assert said["about"]["command"].endswith("--run runs/lora --run runs/direct")
+    assert str(ROOT) not in json.dumps(said) and str(world["here"]) not in json.dumps(said)
