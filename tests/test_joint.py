@@ -67,7 +67,7 @@ def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients():
 
     together, result = gradient(weights)
     alone = [gradient({**dict.fromkeys(weights, 0.0), name: 1.0})[0] for name in weights]
-    assert all(g.abs().max() > 1e-4 for g in alone), "both pull"
+    assert all(g.abs().max() > 1e-6 for g in alone), [g.abs().max() for g in alone]
     expected = sum(w * g for w, g in zip(weights.values(), alone, strict=True))
     assert (together - expected).abs().max() <= 1e-6
     per_image = sum(w * result[f"{name}.per_image"] for name, w in weights.items())

@@ -171,8 +171,8 @@ def begin_or_resume(
         runlog.trim_metrics(run / "metrics.jsonl", number, stage.done)
         steps, count = settings.steps(number), sum(p.numel() for p in stage.learning)
         print(
-            f"stage {number}, {settings.denoiser}: {count / 1e6:.2f} M trainable parameters, step {stage.done} of "
-            f"{steps}, {steps * settings.batch:,} images to see"
+            f"stage {number}, {settings.denoiser}: {count / 1e6:.2f} M trainable parameters, "
+            f"step {stage.done} of {steps}, {steps * settings.batch:,} images to see"
         )
     return stage
 

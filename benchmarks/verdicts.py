@@ -1,0 +1,422 @@
+"""The twelve claims, the rule that judges them, and docs/EVIDENCE.md, made from the records alone.
+
+    python benchmarks/ablations.py --report
+
+The rule, fixed before the runs. A claim names arms that should be ahead and arms that should be
+behind (or "original": the CLIP before training). Its *effect* is the mean difference in points of
+unmentioned pairs, over pairs and seeds. Two tests ask whether it is more than chance: a sign-flip
+test whose unit is the pair (differences summed over seeds), since the same pairs are asked each
+time, and a paired t test whose unit is the seed. The larger of both p values counts, corrected for
+twelve claims after Holm. The 95 % interval is the t test's.
+
+    "ahead"      holds       the effect is above 0 with p < 0.05
+                 holds not   it is below 0 with p < 0.05, or its interval ends below +1.5 points
+    "level"      holds       the interval lies within ±1.5 points
+                 holds not   p < 0.05 and the effect is outside ±1.5
+    "no worse"   holds       the interval begins above −1.5
+                 holds not   the effect is below 0 with p < 0.05 and below −1.5
+    otherwise    undecided
+
+Letters: R seeds, K pairs.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from ablations import ARMS, RECORDS, SEEDS, record_of
+from report import ROOT, each, spread, table
+from toy_seeds import sign_flip
+
+from util.files import write_atomically
+
+MARGIN = 1.5  # points: an effect that would matter to nobody
+LOST = 0.5  # points of subject zero-shot: where arms are compared at equal retention
+PAIRS = 900
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper (or this project) says, as arms."""
+
+    title: str
+    source: str
+    paper: str
+    """what the paper measured"""
+    ahead: tuple[str, ...]
+    behind: tuple[str, ...]
+    """arms, each beside the one of `ahead` in the same place"""
+    rule: str = "ahead"
+    shown: tuple[str, ...] = field(default=())
+    """further arms in the claim's table"""
+    step: tuple[int, int] = (0, 0)
+    """along stage 2: the step that should be ahead, and the other"""
+
+
+BOTH = ("flow", "perceiver")
+CLAIMS = (
+    Claim(
+        "The class token alone teaches more than with local tokens beside it",
+        "Fig. 5, Key Point #1",
+        "10 % of the local tokens already cost most of the gain",
+        ahead=BOTH * 3,
+        behind=("flow-local10", "perceiver-local10", "flow-local50", "perceiver-local50",
+                "flow-local100", "perceiver-local100"),
+    ),
+    Claim(
+        "Two stages teach more than end-to-end training",
+        "Fig. 6, Key Point #2.1",
+        "end to end loses more than 5 points",
+        ahead=("flow-lambda0",),
+        behind=("flow-end-to-end-lambda0",),
+        shown=("flow", "flow-end-to-end"),
+    ),
+    Claim(
+        "Logit-normal times with s = 1 teach more than uniform ones",
+        "Tab. 4, Key Point #2.2",
+        "31.9 against 21.5; 29.6 against 22.2; 31.9 against 23.7",
+        ahead=("flow",),
+        behind=("flow-uniform",),
+        shown=("flow-scale0.1", "flow-scale0.5", "flow-scale5", "flow-scale10"),
+    ),
+    Claim(
+        "A light denoiser teaches as much as one of several times its size",
+        "Tab. 5, Key Point #2.3",
+        "41.5, 42.2, 42.2, 41.5 for m = 1 to 4; 41.5, 43.7, 45.2, 43.7 for 2 to 8 layers",
+        ahead=BOTH,
+        behind=("flow-blocks4", "perceiver-layers8"),
+        rule="no worse",
+        shown=("flow-blocks2", "flow-blocks3", "perceiver-layers2", "perceiver-layers6"),
+    ),
+    Claim(
+        "Mask ratios from 50 to 90 % teach more than 90 % alone",
+        "Tab. S1",
+        "28.9 against 25.9; 28.1 with 50 %, 28.9 with 70 %",
+        ahead=("perceiver",),
+        behind=("perceiver-mask90",),
+        shown=("perceiver-mask50", "perceiver-mask70"),
+    ),
+    Claim(
+        "LoRA teaches more than training the tower's weights directly",
+        "Fig. S2",
+        "LoRA is ahead on every backbone",
+        ahead=("flow", "flow"),
+        behind=("flow-direct", "flow-direct-tenth"),
+    ),
+    Claim(
+        "Whether denoiser and projectors train along in stage 2 matters little",
+        "Fig. S4",
+        "marginal, if stage 1 was long enough",
+        ahead=("flow",),
+        behind=("flow-all",),
+        rule="level",
+    ),
+    Claim(
+        "More iterations of stage 2 are not always better",
+        "Fig. 1 i",
+        "the reconstruction improves on, MMVP does not",
+        ahead=("flow-long",),
+        behind=("flow-long",),
+        rule="no worse",
+        step=(400, 1200),
+    ),
+    Claim(
+        "Both kinds of denoiser teach CLIP what it was blind to",
+        "Tab. 6, Key Point #3",
+        "+12.6 and +9.6 on OpenAI's L/14; +4.4 and +7.4 on SigLIP",
+        ahead=BOTH,
+        behind=("original", "original"),
+        shown=("joint",),
+    ),
+    Claim(
+        "A light denoiser from scratch teaches as much as a heavy pretrained one",
+        "Tab. 7",
+        "31.9 against 32.6; 37.1 against 37.1",
+        ahead=("flow",),
+        behind=("flow-heavy",),
+        rule="no worse",
+    ),
+    Claim(
+        "A light drift term costs no gain",
+        "Eq. (5); this project's λ",
+        "λ is not in the paper's experiments",
+        ahead=("flow", "perceiver", "joint"),
+        behind=("flow-lambda0", "perceiver-lambda0", "joint-lambda0"),
+        rule="no worse",
+    ),
+    Claim(
+        "A better generator is not always a better teacher",
+        "title; Fig. 1",
+        "perfect generation does not always yield optimal representations",
+        ahead=("flow",),
+        behind=("flow-stage1-2800",),
+        rule="no worse",
+        shown=("flow-stage1-100", "flow-stage1-200", "flow-stage1-400", "flow-stage1-1400"),
+    ),
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Records
+# ------------------------------------------------------------------------------------------------
+def as_bits(text: str) -> np.ndarray:
+    """Which pairs were right, (K,): as evidence.py wrote it."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:PAIRS].astype(float)
+
+
+@cache
+def record(arm: str, seed: int) -> dict | None:
+    """None where it was not run."""
+    file = record_of(arm, seed)
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+@cache
+def original() -> dict:
+    """The CLIP before training: its verdicts, and how well it names subjects."""
+    return json.loads((RECORDS / "original.json").read_text())
+
+
+def point(arm: str, seed: int, step: int = 0) -> dict:
+    """As trained: verdicts "unmentioned" and "mentioned" (K,), "subject" in percent, "cosine"."""
+    if arm == "original":
+        found = {**original(), "cosine": 1.0}
+    elif step:
+        found = next(p for p in record(arm, seed)["steps"] if p["step"] == step)
+    else:
+        found = next(p for p in record(arm, seed)["strengths"] if p["strength"] == 1)
+    bits = {side: as_bits(found[side]) for side in ("unmentioned", "mentioned")}
+    return {**bits, "subject": found["subject"], "cosine": found["cosine"]}
+
+
+def at_equal_retention(arm: str, seed: int) -> tuple[np.ndarray, float]:
+    """Verdicts (K,), between 0 and 1, where the subject has lost `LOST` points for the first time,
+    and the strength of that. An arm that never loses so much is read at its greatest strength."""
+    base = point("original", seed)
+    before = {"strength": 0.0, "lost": 0.0, "right": base["unmentioned"]}
+    if arm == "original":
+        return before["right"], 0.0
+    for p in record(arm, seed)["strengths"]:
+        now = {
+            "strength": p["strength"],
+            "lost": base["subject"] - p["subject"],
+            "right": as_bits(p["unmentioned"]),
+        }
+        if now["lost"] >= LOST:
+            share = (LOST - before["lost"]) / (now["lost"] - before["lost"])
+            mixed = before["right"] + share * (now["right"] - before["right"])
+            return mixed, before["strength"] + share * (now["strength"] - before["strength"])
+        before = now
+    return before["right"], before["strength"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The rule
+# ------------------------------------------------------------------------------------------------
+def differences(claim: Claim, equal: bool) -> np.ndarray | None:
+    """Ahead − behind, per seed and pair (R, K); None where a record is missing."""
+    arms = {a for a in claim.ahead + claim.behind if a != "original"}
+    if any(record(arm, seed) is None for arm in arms for seed in SEEDS):
+        return None
+
+    def right(arm: str, seed: int, step: int) -> np.ndarray:
+        if equal and not step:
+            return at_equal_retention(arm, seed)[0]
+        return point(arm, seed, step)["unmentioned"]
+
+    return np.stack([
+        np.mean([
+            right(a, seed, claim.step[0]) - right(b, seed, claim.step[1])
+            for a, b in zip(claim.ahead, claim.behind, strict=True)
+        ], axis=0)
+        for seed in SEEDS
+    ])  # fmt: skip
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Of a mean over R seeds: both ends of its 95 % interval, and the two-sided p of 0.
+
+    Student's t with R − 1 = 4 degrees of freedom has a distribution function in closed form.
+    """
+    if len(values) != 5:
+        raise ValueError(f"{len(values)} seeds: the closed form is that of five")
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    half = 2.7764451051977987 * error
+    if error == 0:
+        return values.mean(), values.mean(), float(values.mean() == 0)
+    t = abs(values.mean()) / error
+    share = t / math.sqrt(4 + t * t)
+    p = 1 - share * (1 + 2 / (4 + t * t))
+    return values.mean() - half, values.mean() + half, max(0.0, p)
+
+
+def holm(p: list[float | None], tests: int) -> list[float | None]:
+    """Corrected for `tests` tests, of which some may not have been run yet."""
+    order = sorted((x, i) for i, x in enumerate(p) if x is not None)
+    corrected, least = list(p), 0.0
+    for rank, (x, i) in enumerate(order):
+        least = max(least, min(1.0, (tests - rank) * x))
+        corrected[i] = least
+    return corrected
+
+
+def verdict(rule: str, effect: float, interval: tuple[float, float], p: float) -> str:
+    """By the rule at the top of this file."""
+    low, high = interval
+    if rule == "ahead":
+        holds, not_so = effect > 0 and p < 0.05, (effect < 0 and p < 0.05) or high < MARGIN
+    elif rule == "level":
+        holds = low > -MARGIN and high < MARGIN
+        not_so = p < 0.05 and abs(effect) > MARGIN
+    else:
+        holds, not_so = low > -MARGIN, p < 0.05 and effect < -MARGIN
+    return "holds" if holds else "holds not" if not_so else "undecided"
+
+
+def judge(equal: bool) -> list[dict | None]:
+    """A verdict per claim; None: not run."""
+    found: list[dict | None] = []
+    for claim in CLAIMS:
+        difference = differences(claim, equal)
+        if difference is None:
+            found.append(None)
+            continue
+        by_seed = 100 * difference.mean(1)  # (R,)
+        low, high, p_seeds = t_interval(by_seed)
+        p = max(sign_flip(difference.sum(0)), p_seeds)
+        effect = float(by_seed.mean())
+        found.append({"effect": effect, "by_seed": by_seed, "interval": (low, high), "p": p})
+    corrected = holm([f and f["p"] for f in found], len(CLAIMS))
+    for claim, one, p in zip(CLAIMS, found, corrected, strict=True):
+        if one:
+            one |= {"holm": p, "verdict": verdict(claim.rule, one["effect"], one["interval"], p)}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# The document
+# ------------------------------------------------------------------------------------------------
+def said(one: dict | None) -> str:
+    """A verdict in a cell."""
+    if one is None:
+        return "not run yet"
+    low, high = one["interval"]
+    interval = f"[{low:+.1f}, {high:+.1f}]"
+    return f"**{one['verdict']}** {one['effect']:+.1f} {interval}, p = {one['holm']:.2g}"
+
+
+def summary() -> list[str]:
+    """Twelve rows: the claim, what the paper says, and both verdicts."""
+    rows = []
+    for i, (claim, trained, equal) in enumerate(
+        zip(CLAIMS, judge(False), judge(True), strict=True), 1
+    ):
+        rows.append([i, claim.title, claim.source, said(trained), said(equal)])
+    head = ["", "claim", "source", "as trained", "at equal retention"]
+    return table(head, rows)
+
+
+def arm_row(arm: str) -> list[str]:
+    """What an arm gained and cost, over the seeds that were run."""
+    seeds = [seed for seed in SEEDS if record(arm, seed)]
+    if not seeds:
+        return [arm, "not run yet", *[""] * 6]
+    base, points = point("original", 0), [point(arm, seed) for seed in seeds]
+
+    def changes(side: str) -> np.ndarray:
+        return np.array([100 * (p[side].mean() - base[side].mean()) for p in points])
+
+    subject = np.array([p["subject"] - base["subject"] for p in points])
+    equal = [at_equal_retention(arm, seed) for seed in seeds]
+    gain = np.array([100 * (right.mean() - base["unmentioned"].mean()) for right, _ in equal])
+    costs = [record(arm, seed)["cost"] for seed in seeds]
+    seconds = np.mean([c.get("seconds1", 0) + c.get("seconds2", 0) for c in costs])
+    trained = max(c.get("trained1", 0) for c in costs) / 1e6
+    return [
+        arm,
+        spread(changes("unmentioned"), "+"),
+        each(changes("unmentioned")),
+        spread(changes("mentioned"), "+"),
+        spread(subject, "+"),
+        f"{spread(gain, '+')} at {np.mean([s for _, s in equal]):.2f}",
+        f"{seconds:.0f}",
+        f"{trained:.2f}" if trained else "",
+    ]
+
+
+HEAD = [
+    "arm", "unmentioned", "seed by seed", "mentioned", "subject", "unmentioned at equal retention",
+    "seconds", "M trained in stage 1",
+]  # fmt: skip
+
+
+def stage2_table(arm: str) -> list[str]:
+    """Along stage 2."""
+    seeds = [seed for seed in SEEDS if record(arm, seed)]
+    rows = []
+    for step in ARMS[arm].steps if seeds else ():
+        base, points = point("original", 0), [point(arm, seed, step) for seed in seeds]
+        gain = np.array(
+            [100 * (p["unmentioned"].mean() - base["unmentioned"].mean()) for p in points]
+        )
+        subject = np.array([p["subject"] - base["subject"] for p in points])
+        rows.append([step, spread(gain, "+"), spread(subject, "+")])
+    return ["", *table(["steps of stage 2", "unmentioned", "subject"], rows)] if rows else []
+
+
+def drawing_table(arms: list[str]) -> list[str]:
+    """What stage 1 has learnt to draw, beside what it taught."""
+    rows = []
+    for arm in arms:
+        found = [record(arm, seed) for seed in SEEDS if record(arm, seed)]
+        drawn = [r["drawings"] for r in found if "drawings" in r]
+        if drawn:
+            loss = np.array([d["loss"] for d in drawn])
+            pairs = np.array([d["pairs"]["Average"] for d in drawn])
+            rows.append([arm, f"{loss.mean():.3f}", spread(pairs), arm_row(arm)[1]])
+    head = ["arm", "held-out loss", "pairs told apart in drawings, %", "unmentioned"]
+    return ["", *table(head, rows)] if rows else []
+
+
+def details(i: int, claim: Claim) -> list[str]:
+    """One claim with its arms."""
+    arms = list(dict.fromkeys([*claim.ahead, *claim.behind, *claim.shown]))
+    arms = [arm for arm in arms if arm != "original"]
+    about = f"{claim.source}; the paper: {claim.paper}. Rule: {claim.rule}."
+    lines = [f"## {i}. {claim.title}", "", about]
+    lines += ["", *table(HEAD, map(arm_row, arms))]
+    for arm in arms:
+        if ARMS[arm].steps:
+            lines += stage2_table(arm)
+    if any(arm.startswith("flow-stage1") for arm in arms):
+        lines += drawing_table(sorted(arms, key=lambda a: ARMS[a].flags))
+    return [*lines, ""]
+
+
+def document() -> str:
+    """docs/EVIDENCE.md."""
+    done = sum(record(arm, seed) is not None for arm in ARMS for seed in SEEDS)
+    about = [
+        "# Twelve claims, tried",
+        "",
+        "Made by `python benchmarks/ablations.py --report` from the records in "
+        f"`benchmarks/evidence/`; {done} of {len(ARMS) * len(SEEDS)} runs are there. Toy world, "
+        "seeds 1 to 5, the same 900 unmentioned pairs for all. The rule of the verdicts stands at the top of "
+        "`benchmarks/verdicts.py`, the arms at the top of `benchmarks/ablations.py`; both were "
+        "written before the runs. Points are percentage points of change; a claim about the full "
+        "size is not decided by a toy.",
+        "",
+        *summary(),
+        "",
+    ]
+    for i, claim in enumerate(CLAIMS, 1):
+        about += details(i, claim)
+    return "\n".join(about).rstrip() + "\n"
+
+
+def write_verdicts() -> None:
+    """The document, and the twelve rows on the terminal."""
+    write_atomically(ROOT / "docs" / "EVIDENCE.md", document())
+    print("\n".join(summary()))
