@@ -158,6 +158,7 @@ MEDIANS = {
     "half margin": ("median m/2, cosine × 100", "m/2"),
     "bias": ("median bias, cosine × 100", "bias"),
 }
+# What a reader needs to know about them; chance is that of four cosines at random.
 MARGINS = (
     "Group match and margins: s12 is the cosine of text 1 with picture 2. The margin m = s11 + s22 "
     "− s12 − s21 is how well the texts tell the pictures apart; b = ½ [(s11 − s12) + (s21 − s22)] "
@@ -173,6 +174,9 @@ def margin_tables(title: str, rows: list[dict], other: str) -> str:
 
     Args: rows: of margins.margin_rows, the average last.
     """
+    # All pairs: a line a measure, so that its interval finds room beside it. "joined/left" is what
+    # other tables call won/lost: pairs that came to belong to the share, and that ceased to. To
+    # join those in which one image wins both texts is no win.
     names, average = list(rows[0]["models"]), rows[-1]
     called, first, alone = letters(names), names[0], other == names[0]
     shown = [first] if alone else [first, other]
@@ -193,7 +197,7 @@ def margin_tables(title: str, rows: list[dict], other: str) -> str:
             change, (low, high) = figures[-1]["change"], figures[-1]["change_interval"]
             line += [f"{100 * change:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]", "", ""]
         table.append(line)
-    # Whole percents, so that before → after of all measures stands on one line.
+    # By pattern: whole percents, so that before → after of all measures stands on one line.
     by_pattern = [["pattern", *(short for _, short in (SHARES | MEDIANS).values())]]
     for row in rows[:-1]:
         models = [row["models"][name] for name in shown]

@@ -103,27 +103,21 @@ def verdicts(similarity: Tensor) -> dict[str, np.ndarray]:
 def margin_and_bias(similarity: Tensor) -> dict[str, np.ndarray]:
     """A pair's four cosines as what was perceived and what stood in its way.
 
-    Write s_tp for text t with picture p, d1 = s11 − s12 for how far text 1 prefers its own picture
-    and d2 = s22 − s21 for text 2. Both must be above 0 (MMVP's rule). Their sum and difference say
-    why they are not:
+    Text 1 prefers its own picture by d1 = s11 − s12, text 2 by d2 = s22 − s21 (rows texts, columns
+    pictures). MMVP's rule wants both above 0. Their sum and difference say why they are not:
 
     * "margin", m = d1 + d2 = s11 + s22 − s12 − s21: do the texts tell the pictures apart at all?
     * "bias", b = ½ (d1 − d2) = ½ [(s11 − s12) + (s21 − s22)]: how far picture 1 wins both texts;
-      below 0 it is picture 2. A picture that is close to every text has it, whatever it shows.
+      below 0 it is picture 2.
 
-    Since d1 = m/2 + b and d2 = m/2 − b, the smaller of both is m/2 − |b|, and so
+    d1 = m/2 + b and d2 = m/2 − b, of which the smaller is m/2 − |b|: right ⇔ m/2 > |b|, ties wrong.
 
-        right ⇔ m/2 > |b|        a tie is wrong on either side
+    * "group match", bool: m > 0, the better of two ways to pair texts with pictures, published as a
+      metric at ICLR 2026. Chance is 50 %. (`margins`' "group" is Winoground's, and stricter.)
+    * "one image wins both" texts, bool: 2 |b| > |m|, so d1 and d2 have opposite signs. Chance is
+      50 %. What is neither right nor this prefers the wrong picture twice, or is a tie.
 
-    * "group match", bool: m > 0, published as a metric at ICLR 2026. It asks which of the two ways
-      to pair texts and pictures has the larger sum: perception without the bias. Chance is 50 %.
-      (Not "group" of `margins`, which is Winoground's and stricter than MMVP's rule.)
-    * "one image wins both", bool: 2 |b| > |m|, so d1 and d2 have opposite signs. Chance is 50 %,
-      too. What is neither right nor this prefers the wrong picture twice, or is a tie.
-
-    Images judging texts share m: "image-to-text" is right ⇔ m/2 > the bias between the *texts*.
-
-    Args: similarity: (K, 2, 2), of `similarities`; rows are texts, columns pictures.
+    Args: similarity: (K, 2, 2), of `similarities`.
     Returns: name → (K,), margin and bias in cosine. In float64, where sums and differences of
         float32 cosines are exact (but for those below 1e-8): the identity holds, ties included.
     Raises: ValueError for anything but pairs.
@@ -195,10 +189,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95 % interval of median(after) − median(before) between two models on the same items.
 
-    A median has no simple formula for its spread, so the items are drawn anew, as many as there
-    are, with replacement; the middle 95 % of what `draws` such sets give is the interval (Efron's
-    percentile bootstrap). An item takes both its values along: what makes a pair large for both
-    models cancels. Of few items the set of possible medians is coarse, and so is the interval.
+    Efron's percentile bootstrap: the items are drawn anew with replacement, as many as there are,
+    and the middle 95 % of what `draws` such sets give is the interval. An item takes both its
+    values along, so what makes it large for both models cancels.
 
     Args: before, after: one value an item (K,). Returns: low and high, in the values' unit.
     """
