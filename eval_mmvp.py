@@ -8,8 +8,10 @@ we?
 Nine patterns, pairs of images that differ in one of them, one statement per image (Tong et al.;
 Sec. 5.1, Tab. 1). For each of a pair's two texts: which of the **two images** is more similar? The
 pair counts only if both answers are right; a tie is wrong, so that a constant encoder scores 0 and
-not everything. Chance is 25 %. Other sets of look-alikes come as JSON
-(evaluation/pairsets.py).
+not everything. Chance is 25 %. Other sets of look-alikes come as JSON (evaluation/pairsets.py).
+
+A pair can be wrong although the difference was seen, since one picture may win both texts. Group
+match (chance 50 %) forgives that bias, and the tables of margins show both (evaluation/margins.py).
 
 What is printed beside the percentage decides whether it means anything. MMVP-VLM has 135 pairs: one
 pair is 0.74 points, the standard error at 32 % is 4.0. Hence n, the 95 % interval of the change,
@@ -95,6 +97,7 @@ from evaluation.encoder import (
     load_encoders,
     name_models,
 )
+from evaluation.margins import margin_picture, margin_rows, match_line
 from evaluation.scoring import MMVP_PATTERNS, similarities, summarise, verdicts
 from settings import settings_of_run
 from toy import benchmark as toy
@@ -154,6 +157,8 @@ class Part:
     """one of scoring.margins"""
     similarity: dict[str, Tensor] = field(default_factory=dict)
     """model → (K, texts, pictures)"""
+    margins: list[dict] = field(default_factory=list)
+    """of margins.margin_rows, where MMVP's rule is asked of pairs"""
 
     def changed(self, first: str, other: str) -> dict[str, list[str]]:
         """Names of the items that `other` won and lost against `first`."""
@@ -179,7 +184,8 @@ def part_of(label: str, title: str, items: list[Item], task: str, found: dict) -
     """A part from similarities; found: model → (K, texts, pictures)."""
     hits = {name: verdicts(similarity)[task] for name, similarity in found.items()}
     rows = summarise([item.category for item in items], hits)
-    return Part(label, title, rows, items, task, found)
+    split = margin_rows([i.category for i in items], found) if task == "text-to-image" else []
+    return Part(label, title, rows, items, task, found, split)
 
 
 def evaluate_toy(encoders: list[Encoder], per_pattern: int = 100, seed: int = 0) -> Found:
@@ -248,7 +254,8 @@ def evaluate(
             if again:
                 title += f", without {len(items) - len(without)} in doubt ({doubts})"
                 part = part_of(f"{label}, doubts applied", title, without, task, again)
-                found.parts.append(Part(part.label, part.title, part.rows))  # not to look at
+                plain = Part(part.label, part.title, part.rows, margins=part.margins)
+                found.parts.append(plain)  # figures, nothing to look at
             if len(templates) > 1:
                 found.prompts[label] = {
                     template: {n: 100 * float(verdicts(s)[task].mean()) for n, s in models.items()}
@@ -268,8 +275,15 @@ def text_of(found: Found, names: list[str], wide: bool = False) -> str:
     first, others = names[0], names[1:]
     parts = {part.label: report.only(part.rows, names) for part in found.parts}
     cosine = {name: about["cosine_to_first"] for name, about in found.features.items()}
-    averages = {f"**{label}**": rows[-1] for label, rows in parts.items()}
+    averages = {}
+    for part in found.parts:
+        averages[f"**{part.label}**"] = parts[part.label][-1]
+        if part.margins:
+            row = report.only(part.margins, names)[-1]
+            averages |= match_line(part.label, row)
     text = [report.legend(names), report.summary(found.title, averages, cosine)]
+    if any(part.margins for part in found.parts):
+        text.append(report.wrapped(report.MARGINS))
     groups = [others] if wide else [[name] for name in others or [first]]
     for group in groups:
         for part in found.parts:
@@ -284,6 +298,9 @@ def text_of(found: Found, names: list[str], wide: bool = False) -> str:
                 # no files to look up.)
                 if name != first and part.items and not found.features:
                     text.append(_changed_line(part, first, name))
+                if part.margins:
+                    split = report.only(part.margins, names)
+                    text.append(report.margin_tables(part.title, split, name))
     text += [_prompt_table(task, asked, names) for task, asked in found.prompts.items()]
     if found.features:
         probes = [
@@ -347,6 +364,8 @@ def figures(found: Found, names: list[str]) -> dict:
         if part.items:
             changed = {name: part.changed(first, name) for name in others}
             content[f"{part.label}, changed"] = changed
+        if part.margins:
+            content[f"{part.label}, margins"] = report.only(part.margins, names)
     if found.features:
         content["features"] = {name: found.features[name] for name in names}
     for label, asked in found.prompts.items():
@@ -357,13 +376,17 @@ def figures(found: Found, names: list[str]) -> dict:
 
 
 def pictures(found: Found, first: str, other: str, stem: Path) -> list[Path]:
-    """Pairs won and lost, a file a task; returns those that were written."""
+    """Pairs won and lost, a file a task, and margin against bias where MMVP's rule is asked of
+    pairs. Returns: the files that were written."""
     files = []
     for part in found.parts:
         if part.items:
             path = results.with_ending(stem, f"-changed-{results.slug(part.label)}.png")
             before, after = part.similarity[first], part.similarity[other]
             files += changed_picture(part.items, before, after, part.task, path)
+            if part.margins:
+                path = results.with_ending(stem, f"-margins-{results.slug(part.label)}.png")
+                files += margin_picture({first: before, other: after}, part.title, path)
     return files
 
 

@@ -24,13 +24,18 @@ def read(name: str) -> dict:
 
 
 def rows(result: dict) -> dict[str, tuple[int, float, np.ndarray]]:
-    """label → (n, before, after per seed)."""
+    """label → (n, before, after per seed). Group match stands below the side that it belongs to; a
+    result from before toy_seeds.py measured it has no such line."""
     found = {}
     for side in ("unmentioned", "mentioned"):
         for row in result[side]["rows"]:
             if side == "unmentioned" or row["pattern"] == "Average":
                 label = row["pattern"] if row["pattern"] != "Average" else f"**{side}**"
                 found[label] = row["n"], row["before"], np.array(row["after"])
+                match = row.get("margins", {}).get("group match")
+                if match and row["pattern"] == "Average":
+                    label = f"group match, {side}"
+                    found[label] = row["n"], match["before"], np.array(match["after"])
     row = result["subject_zero_shot"]
     found["**subject zero-shot**"] = row["n"], row["before"], np.array(row["after"])
     return found
@@ -50,6 +55,9 @@ def main() -> None:
         f"{seeds[1]} (discrete). From {sources[0]} and {sources[1]}."
     )
     left, right = (rows(result) for result in results)
+    if left.keys() != right.keys():
+        odd = ", ".join(sorted(left.keys() ^ right.keys()))
+        raise ValueError(f"only one of {names[0]} and {names[1]} has {odd}: run toy_seeds.py")
     cells = []
     for label, (n, before, after) in left.items():
         if right[label][:2] != (n, before):

@@ -16,6 +16,10 @@ Pooling: the same pairs are scored for every seed, so pooled verdicts are not in
 the exact McNemar test on pooled counts stands a sign-flip test that treats each *pair* as one unit,
 its net change summed over seeds: valid whatever the correlation between seeds.
 
+Beside MMVP's verdicts stand group match, half the margin and the bias (evaluation/margins.py): did
+a run see more, or does one picture win both texts less often? Every row of the JSON has them before
+and after, seed by seed; medians are in cosine there and times 100 in the tables.
+
 Letters: R seeds, K pairs.
 """
 
@@ -39,18 +43,58 @@ from report import (
 )
 
 from evaluation.encoder import Encoder, load_encoders
-from evaluation.scoring import mcnemar, score
+from evaluation.margins import measured
+from evaluation.scoring import mcnemar, similarities
 from toy.benchmark import TEMPLATE, held_out_scenes, pairs, retention
 from toy.world import PATTERNS, TOY_DIR
 from util.cli import run_command
 
 COLUMNS = ["before", "after", "change", "change per seed"]
+# Rows of the table of margins: key in the JSON → label. The first are percent, the last two cosine.
+MARGINS = {
+    "group match": "group match",
+    "image-to-text": "image-to-text",
+    "group": "group (Winoground)",
+    "one image wins both": "one image wins both texts",
+    "half margin": "median m/2, cosine × 100",
+    "bias": "median bias, cosine × 100",
+}
+MEDIANS = ("half margin", "bias")
 
 
 def compared(before: float, after: np.ndarray) -> list[str]:
     """The cells under `COLUMNS`. after: percent (R,)."""
     change = after - before
     return [f"{before:.1f}", spread(after), spread(change, "+"), each(change)]
+
+
+def margin_figures(before: dict, after: list[dict], mask: np.ndarray) -> dict[str, dict]:
+    """Measure → {"before", "after" (R)}: shares in percent, medians in cosine.
+
+    Args: before, after: measure → one value a pair (K,), of `margins.measured`; mask: which pairs.
+    """
+
+    def figure(name: str, values: np.ndarray) -> float:
+        chosen = values[mask]
+        return float(np.median(chosen)) if name in MEDIANS else 100 * float(chosen.mean())
+
+    return {
+        name: {
+            "before": figure(name, before[name]),
+            "after": [figure(name, a[name]) for a in after],
+        }
+        for name in MARGINS
+    }
+
+
+def margin_lines(side: str, figures: dict[str, dict]) -> list[str]:
+    """The table of `margin_figures` of all pairs of a side, as Markdown."""
+    cells = []
+    for name, label in MARGINS.items():
+        scale = 100 if name in MEDIANS else 1
+        b, a = scale * figures[name]["before"], scale * np.array(figures[name]["after"])
+        cells.append([f"{label}, %" if scale == 1 else label, *compared(b, a)])
+    return [f"**Margins, {side} subjects**", "", *table(["all pairs", *COLUMNS], cells), ""]
 
 
 def sign_flip(net: np.ndarray, draws: int = 100_000) -> float:
@@ -71,11 +115,13 @@ def measure_side(
     items = pairs(mentioned, 100, seed=0)
     patterns = np.array([item.category for item in items])
 
-    def verdicts(encoder: Encoder) -> np.ndarray:
-        return score(encoder, items, TEMPLATE)["text-to-image"]
+    def pairs_of(encoder: Encoder) -> dict[str, np.ndarray]:
+        shares, sizes = measured(similarities(encoder, items, TEMPLATE))
+        return shares | sizes
 
-    before = verdicts(original)  # (K,)
-    after = np.stack([verdicts(encoder) for encoder in enhanced])  # (R, K)
+    first, others = pairs_of(original), [pairs_of(encoder) for encoder in enhanced]
+    before = first["official"]  # (K,)
+    after = np.stack([other["official"] for other in others])  # (R, K)
     won, lost, p = mcnemar(np.tile(before, len(after)), after.ravel())
     flip = sign_flip((after.astype(int) - before.astype(int)).sum(0))
     figures = {"won": won, "lost": lost, "mcnemar_pooled_p": p, "sign_flip_p": flip, "rows": []}
@@ -83,11 +129,13 @@ def measure_side(
     for pattern in [*PATTERNS, "Average"]:
         mask = np.array([pattern in (q, "Average") for q in patterns])
         n, b, a = int(mask.sum()), 100 * before[mask].mean(), 100 * after[:, mask].mean(1)
-        figures["rows"].append({"pattern": pattern, "n": n, "before": b, "after": a.tolist()})
+        row = {"pattern": pattern, "n": n, "before": b, "after": a.tolist()}
+        figures["rows"].append(row | {"margins": margin_figures(first, others, mask)})
         cells.append([pattern, n, *compared(b, a)])
     lines = [f"**Toy benchmark, {side} subjects**", "", *table(["pattern", "n", *COLUMNS], cells)]
     tests = f"exact McNemar p = {p:.2g}; sign-flip over pairs p = {flip:.2g}."
-    return figures, [*lines, "", f"Pooled over seeds: {won} pairs won, {lost} lost, {tests}", ""]
+    lines += ["", f"Pooled over seeds: {won} pairs won, {lost} lost, {tests}", ""]
+    return figures, lines + margin_lines(side, figures["rows"][-1]["margins"])
 
 
 def measure_retention(original: Encoder, enhanced: list[Encoder]) -> tuple[dict, list[str]]:

@@ -146,6 +146,69 @@ def pair_table(title: str, key: str, rows: list[dict], other: str) -> str:
     return plain_table(f"{called[other]} against A: {title}", table)
 
 
+# What `margin_tables` shows: measure → the row's name in the first, the column's in the second.
+SHARES = {
+    "official": ("right by the official rule", "right"),
+    "group match": ("group match", "match"),
+    "image-to-text": ("image-to-text", "by image"),
+    "group": ("group (Winoground)", "group"),
+    "one image wins both": ("one image wins both texts", "one wins"),
+}
+MEDIANS = {
+    "half margin": ("median m/2, cosine × 100", "m/2"),
+    "bias": ("median bias, cosine × 100", "bias"),
+}
+# What a reader needs to know about them; chance is that of four cosines at random.
+MARGINS = (
+    "Group match and margins: s12 is the cosine of text 1 with picture 2. The margin m = s11 + s22 "
+    "− s12 − s21 is how well the texts tell the pictures apart; b = ½ [(s11 − s12) + (s21 − s22)] "
+    "is how far picture 1 wins both texts, and the bias is |b|. A pair is right where m/2 > |b|; "
+    "group match asks only for m > 0. Chance, in percent: right 25, group match 50, image-to-text "
+    "25, group 17, one image wins both texts 50. Intervals of medians: bootstrap over the pairs."
+)
+
+
+def margin_tables(title: str, rows: list[dict], other: str) -> str:
+    """What was perceived and what bias cost, one model against the first (or the first alone, if
+    `other` is it): all pairs with intervals, then pattern by pattern without.
+
+    Args: rows: of margins.margin_rows, the average last.
+    """
+    # All pairs: a line a measure, so that its interval finds room beside it. "joined/left" is what
+    # other tables call won/lost: pairs that came to belong to the share, and that ceased to. To
+    # join those in which one image wins both texts is no win.
+    names, average = list(rows[0]["models"]), rows[-1]
+    called, first, alone = letters(names), names[0], other == names[0]
+    shown = [first] if alone else [first, other]
+    table = [[f"all {average['n']} pairs", *(called[name] for name in shown)]]
+    table[0] += [] if alone else ["change [95 %]", "joined/left", "McNemar p"]
+    for measure, (label, _) in SHARES.items():
+        figures = [average["models"][name][measure] for name in shown]
+        line = [f"{label}, %", *(f"{m['percent']:.1f}" for m in figures)]
+        if not alone:
+            m = figures[-1]
+            line += [f"{m['change']:+.1f} {change_interval(m)}", f"{m['won']}/{m['lost']}"]
+            line += [p_value(m["p"])]
+        table.append(line)
+    for measure, (label, _) in MEDIANS.items():
+        figures = [average["models"][name][measure] for name in shown]
+        line = [label, *(f"{100 * m['median']:.2f}" for m in figures)]
+        if not alone:
+            change, (low, high) = figures[-1]["change"], figures[-1]["change_interval"]
+            line += [f"{100 * change:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]", "", ""]
+        table.append(line)
+    # By pattern: whole percents, so that before → after of all measures stands on one line.
+    by_pattern = [["pattern", *(short for _, short in (SHARES | MEDIANS).values())]]
+    for row in rows[:-1]:
+        models = [row["models"][name] for name in shown]
+        cells = ["→".join(f"{m[key]['percent']:.0f}" for m in models) for key in SHARES]
+        cells += ["→".join(f"{100 * m[key]['median']:.2f}" for m in models) for key in MEDIANS]
+        by_pattern.append([row["pattern"], *cells])
+    head = f"{title}; margins" if alone else f"{called[other]} against A: {title}; margins"
+    below = f"{head} by pattern, percent and cosine × 100"
+    return plain_table(head, table) + "\n" + plain_table(below, by_pattern)
+
+
 def wide_table(title: str, key: str, rows: list[dict]) -> str:
     """Everything about every model in one table, however wide: percent with interval, and for every
     model but the first its change, the pairs won and lost, and the p of the paired test."""

@@ -250,10 +250,11 @@ def test_documents_hold_the_benchmarks_own_tables():
 
 
 def test_the_result_of_the_readme_is_in_the_benchmarks_files():
-    """Four rows: each is the corresponding row of the side-by-side table."""
+    """The side-by-side table's rows of sides, cost and group match on unmentioned subjects, each as
+    it stands there; pattern by pattern is RESULTS.md's."""
     shown = table(README, "What it does, measured")
     whole = (ROOT / "benchmarks" / "side_by_side.md").read_text(encoding="utf-8")
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in whole.splitlines()]
-    assert len(shown) == 4
-    for row in shown:
-        assert row in rows, row
+    heads = ("**unmentioned**", "group match, unmentioned", "**mentioned**",
+             "**subject zero-shot**", "cosine to the original")  # fmt: skip
+    assert shown == [row for row in rows if row[0] in heads] and len(shown) >= 4

@@ -311,7 +311,8 @@ def test_pictures_are_no_wider_than_a_page(runs, tmp_path):
     _, files = run("eval_mmvp.py", runs, *three(runs), "--benchmark", tmp_path / "pairs")
     pictures = [file for file in files if file.endswith(".png")]
     assert pictures and all(Image.open(file).width <= 1000 for file in pictures)
-    assert all("-changed-" in file for file in pictures)
+    kinds = {re.search(r"-(changed|margins)-", file)[1] for file in pictures}
+    assert kinds == {"changed", "margins"}
 
 
 # -- from Python ---------------------------------------------------------------------------------
