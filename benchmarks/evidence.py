@@ -91,12 +91,17 @@ def cost(run: Path, arm: str) -> dict:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--arm", required=True, choices=ARMS)
-    flags.add_argument("--seed", type=int, required=True)
+    flags.add_argument("--arm", required=True, choices=["original", *ARMS])
+    flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--runs", default=str(ROOT / "runs" / "evidence"))
     args = flags.parse_args()
-    arm, run = ARMS[args.arm], run_of(args.arm, args.seed, Path(args.runs))
     original = {k: v.float() for k, v in load_file(TOY_DIR / "clip.safetensors").items()}
+    RECORDS.mkdir(exist_ok=True)
+    if args.arm == "original":
+        [measured] = measure_strengths(original, [original], [0.0])
+        write_atomically(RECORDS / "original.json", json.dumps({**facts(), **row(measured)}))
+        return
+    arm, run = ARMS[args.arm], run_of(args.arm, args.seed, Path(args.runs))
     enhanced = load_file(run / "enhanced" / "open_clip_model.safetensors")
     points = measure_strengths(original, [enhanced], STRENGTHS)
     found = {
@@ -112,7 +117,6 @@ def main() -> None:
         found["steps"] = along_stage2(run, arm.steps, original)
     if arm.drawings:
         found["drawings"] = drawings(load_run(run, stage=1)[1])
-    RECORDS.mkdir(exist_ok=True)
     write_atomically(record_of(args.arm, args.seed), json.dumps(found, indent=0))
 
 

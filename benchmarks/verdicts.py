@@ -403,10 +403,10 @@ def document() -> str:
         "",
         "Made by `python benchmarks/ablations.py --report` from the records in "
         f"`benchmarks/evidence/`; {done} of {len(ARMS) * len(SEEDS)} runs are there. Toy world, "
-        "seeds 1 to 5, the same 900 unmentioned pairs for all. The rule of the verdicts stands at the top of "
-        "`benchmarks/verdicts.py`, the arms at the top of `benchmarks/ablations.py`; both were "
-        "written before the runs. Points are percentage points of change; a claim about the full "
-        "size is not decided by a toy.",
+        "seeds 1 to 5, the same 900 unmentioned pairs for all. Arms stand at the top of "
+        "`benchmarks/ablations.py`, the rule of the verdicts at the top of "
+        "`benchmarks/verdicts.py`; both were written before the runs. Points are percentage points "
+        "of change. A claim about the full size is not decided by a toy.",
         "",
         *summary(),
         "",

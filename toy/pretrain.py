@@ -91,7 +91,7 @@ class Settings:
     """peak learning rate of the VAE"""
     kl_weight: float = setting(1e-4)
     """weight of the VAE's KL term"""
-    vqgan_steps: int = setting(1800, at_least=1)
+    vqgan_steps: int = setting(2400, at_least=1)
     """steps of the VQ-GAN, which starts from the VAE"""
     vqgan_batch: int = setting(16, at_least=1)
     """images per step of the VQ-GAN"""
@@ -355,13 +355,14 @@ def main(arguments: list[str] | None = None) -> None:
         "vae": lambda: make_vae(s, pixels, out),
         "vqgan": lambda: make_vqgan(s, pixels, out),
     }
-    record = out / "PRETRAINING.json"
-    report = json.loads(record.read_text()) if record.is_file() else {}
+    record, report = out / "PRETRAINING.json", {}
     for part in make if s.only == "all" else [s.only]:
         start = time.time()
         measured = make[part]()
+        # What is done is kept, also what another process has made meanwhile.
+        report = json.loads(record.read_text()) if record.is_file() else {}
         report[part] = about(part, s, start) | measured
-        write_atomically(record, json.dumps(report, indent=1))  # what is done is kept
+        write_atomically(record, json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))
 
 

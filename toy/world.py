@@ -116,44 +116,44 @@ OUTLINES: dict[str, dict] = {
     "fish": {
         "parts": [("ellipse", [(-0.6, -0.7), (1, 0.7)], 1.0),
                   ("polygon", [(-1, -0.75), (-0.35, 0), (-1, 0.75)], 0.6)],
-        "eye": (0.55, -0.1), "hat": (0.25, -0.65)},
+        "eye": (0.45, -0.12), "hat": (0.25, -0.65)},
     "car": {
         "parts": [("polygon", [(-1, 0.6), (-1, -0.1), (0, -0.1), (0.1, -0.8), (0.75, -0.8),
                                (1, -0.1), (1, 0.6)], 1.0),
                   ("ellipse", [(-0.85, 0.3), (-0.25, 1)], 0.2),
                   ("ellipse", [(0.25, 0.3), (0.85, 1)], 0.2)],
-        "eye": (0.6, -0.25), "hat": (0.4, -0.75)},
+        "eye": (0.48, -0.2), "hat": (0.4, -0.75)},
     "house": {
         "parts": [("polygon", [(-0.8, 1), (-0.8, -0.2), (0.8, -0.2), (0.8, 1)], 1.0),
                   ("polygon", [(1, -0.15), (0.5, -1), (-1, -0.15)], 0.6),
                   ("polygon", [(-0.65, 1), (-0.65, 0.25), (-0.2, 0.25), (-0.2, 1)], 0.3)],
-        "eye": (0.5, 0.3), "hat": (0.45, -0.85)},
+        "eye": (0.35, 0.3), "hat": (0.45, -0.85)},
     "tree": {
         "parts": [("polygon", [(-0.15, 1), (-0.15, 0), (0.2, 0), (0.4, 1)], 0.4),
                   ("ellipse", [(-1, -0.35), (0.1, 0.6)], 0.75),
                   ("ellipse", [(-0.5, -1), (1, 0.4)], 1.0)],
-        "eye": (0.55, -0.25), "hat": (0.25, -0.9)},
+        "eye": (0.4, -0.25), "hat": (0.25, -0.9)},
     "cup": {
         "parts": [("ellipse", [(-1, -0.55), (0, 0.55)], 0.6),
                   ("ellipse", [(-0.75, -0.25), (-0.25, 0.25)], 1.6),
                   ("polygon", [(-0.5, -0.8), (1, -0.8), (0.8, 0.95), (-0.3, 0.95)], 1.0)],
-        "eye": (0.55, -0.1), "hat": (0.25, -0.75)},
+        "eye": (0.4, 0), "hat": (0.25, -0.75)},
     "bird": {
         "parts": [("polygon", [(-1, -0.5), (-0.3, 0.1), (-0.6, 0.5)], 0.6),
                   ("ellipse", [(-0.7, -0.2), (0.5, 1)], 1.0),
                   ("ellipse", [(-0.2, -0.95), (0.75, 0.3)], 1.0),
                   ("polygon", [(0.65, -0.6), (1, -0.25), (0.65, 0)], 0.3)],
-        "eye": (0.4, -0.38), "hat": (0.28, -0.85)},
+        "eye": (0.32, -0.38), "hat": (0.28, -0.85)},
     "boat": {
         "parts": [("polygon", [(-0.8, 0.3), (1, 0.3), (0.5, 1), (-0.6, 1)], 0.6),
                   ("polygon", [(0.6, -1), (0.6, 0.2), (-0.9, 0.2)], 1.0)],
-        "eye": (0.4, -0.2), "hat": (0.5, -0.85)},
+        "eye": (0.25, -0.15), "hat": (0.5, -0.85)},
     "key": {
         "parts": [("ellipse", [(-0.2, -0.75), (1, 0.6)], 1.0),
                   ("polygon", [(0, -0.3), (-1, -0.3), (-1, 0.6), (-0.75, 0.6), (-0.75, 0.1),
                                (-0.55, 0.1), (-0.55, 0.45), (-0.3, 0.45), (-0.3, 0.1),
                                (0, 0.1)], 0.7)],
-        "eye": (0.5, -0.08), "hat": (0.4, -0.7)},
+        "eye": (0.42, -0.08), "hat": (0.4, -0.7)},
 }
 # fmt: on
 COLORS = {
@@ -239,21 +239,19 @@ def _draw_subject(
         else:
             pen.polygon(points, fill=fill)
 
-    # Large, at the very front, and looking there: state and orientation are told by the same few
-    # pixels on every subject, and a person must see them at once, also on the smallest.
-    radius = 0.42 * math.sqrt(half_w * half_h)  # the same for tall and wide
-    x, y = place(outline["eye"])
-    black, white = (0, 0, 0), (255, 255, 255)
-
-    def disc(x: float, radius: float, color: tuple) -> None:
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
-
+    radius = 0.34 * math.sqrt(half_w * half_h)  # the same for tall and wide
+    eye_x, eye_y = place(outline["eye"])
     if scene["State"] == "awake":
-        disc(x, radius, black)
-        disc(x, radius - 1.5, white)
-        disc(x + mirror * 0.4 * radius, 0.5 * radius, black)
+        pen.ellipse(
+            (eye_x - radius, eye_y - radius, eye_x + radius, eye_y + radius), fill=(255, 255, 255)
+        )
+        pupil = 0.45 * radius
+        pen.ellipse((eye_x - pupil, eye_y - pupil, eye_x + pupil, eye_y + pupil), fill=(0, 0, 0))
     else:
-        pen.rectangle((x - radius, y - 0.3 * radius, x + radius, y + 0.3 * radius), fill=black)
+        pen.rectangle(
+            (eye_x - radius, eye_y - 0.25 * radius, eye_x + radius, eye_y + 0.25 * radius),
+            fill=(0, 0, 0),
+        )
 
     if scene["Presence"] == "hat":
         hat_x, hat_y = place(outline["hat"])

@@ -22,12 +22,13 @@ from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
 from pretrained.autoencoders import VAE, VQGAN, VQGANConfig, load_vae, load_vqgan
 from pretrained.backbones import ClipInfo, describe_clip, load_clip
 from pretrained.flux import load_flux
-from settings import TOY_DIR, Settings, parts, settings_of_run, stage1_runs
+from settings import Settings, parts, settings_of_run, stage1_runs
 from toy.world import IMAGE_SIZE as TOY_SIZE
 from toy.world import ToyScenes
 from training import checkpoints as ckpt
 from training import feature_cache, speed
 from training.preflight import read_state, require_same
+from training.presets import TOY_DIR
 from training.process import Process, start_process, union_over_ranks, wait_for_slowest
 from training.shards import ShardIndex, is_shard_pattern
 from util.files import fingerprint
