@@ -25,7 +25,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from training.presets import (
+from presets import (
     BACKBONES,
     JOINT,
     ONE_GPU,

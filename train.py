@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
+from presets import HINTS
 from settings import Settings, run_directory
 from training.preflight import check_run, finished, jobs_of, preflight, stages_of
-from training.presets import HINTS
 from util.cli import parse_settings, run_command
 
 

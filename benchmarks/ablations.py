@@ -164,11 +164,14 @@ class Runner:
         where = ["--runs", str(self.runs), "--name", run.name, "--seed", str(seed)]
         call([sys.executable, "train.py", *where, *flags, *more], run / "log.txt")
 
+    def lock(self, arm: str, seed: int) -> Lock:
+        """Held while that run trains."""
+        with self.own:
+            return self.locks.setdefault((arm, seed), Lock())
+
     def stage1(self, arm: str, seed: int) -> None:
         """The stage 1 that others start from, once."""
-        with self.own:
-            lock = self.locks.setdefault((arm, seed), Lock())
-        with lock:
+        with self.lock(arm, seed):
             flags = shlex.split(ARMS[arm].flags)
             steps = int(flags[flags.index("--stage1_steps") + 1])
             if not has_stage1(run_of(arm, seed, self.runs), steps):
@@ -182,11 +185,9 @@ class Runner:
         for source in filter(None, ARMS[arm].stage1.split(",")):
             self.stage1(source, seed)
         run = run_of(arm, seed, self.runs)
-        # An arm that others start from has a stage 1 already, or its turn to make it.
-        if not ARMS[arm].stage1 and "--end_to_end" not in ARMS[arm].flags:
-            self.stage1(arm, seed)
-        if not is_finished(run):
-            self.train(arm, seed)
+        with self.lock(arm, seed):
+            if not is_finished(run):
+                self.train(arm, seed)
         script = [sys.executable, "benchmarks/evidence.py", "--arm", arm, "--seed", str(seed)]
         call([*script, "--runs", str(self.runs)], run / "log.txt")
         print(f"{arm}, seed {seed}: {(time.time() - start) / 60:.1f} min", flush=True)

@@ -19,12 +19,12 @@ from report import ROOT, facts, headline, parser, publish, table
 from safetensors.torch import save_file
 
 import train
+from presets import BACKBONES
 from pretrained.autoencoders import VAE
 from pretrained.backbones import build_clip, describe_clip
 from settings import Settings
 from training import assemble, plan, stages
 from training.plan_report import INTERPRETER
-from training.presets import BACKBONES
 from training.process import start_process
 from util.cli import run_command
 

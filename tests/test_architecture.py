@@ -14,15 +14,16 @@ from conftest import ROOT
 
 FOLDERS = ("pretrained", "training", "evaluation", "toy", "util")
 ROOT_FILES = {
-    "genhancer", "flow_denoiser", "perceiver_denoiser", "lora", "data",  # the method
-    "settings", "train", "eval_mmvp", "eval_zeroshot", "export_hf",  # the commands
+    "genhancer", "paradigms", "flow_denoiser", "perceiver_denoiser", "lora", "data",  # the method
+    "settings", "presets", "train", "eval_mmvp", "eval_zeroshot", "export_hf",  # the commands
 }  # fmt: skip
 # Floors from the ground up: a file imports what stands on a lower floor. Within a folder, files may
 # use one another, as long as there is no circle.
 FLOORS = [
-    {"flow_denoiser", "perceiver_denoiser", "lora", "data", "export_hf", "util"},
+    {"flow_denoiser", "perceiver_denoiser", "lora", "data", "export_hf", "presets", "util"},
     {"pretrained", "settings"},
-    {"genhancer", "evaluation"},
+    {"paradigms", "evaluation"},
+    {"genhancer"},
     {"toy"},
     {"training", "eval_mmvp", "eval_zeroshot"},
     {"train"},
@@ -76,7 +77,7 @@ def functions(file):
 
 
 # -- rooms ---------------------------------------------------------------------------------------
-def test_ten_files_at_the_root_and_five_folders_of_code():
+def test_twelve_files_at_the_root_and_five_folders_of_code():
     assert {f.stem for f in ROOT.glob("*.py")} == ROOT_FILES and len(ROOT_FILES) == 10
     aside = {"tests", "benchmarks", "notebooks", "docs", "runs"}
     with_code = {f.parent.name for f in ROOT.glob("[!.]*/*.py")} - aside

@@ -9,11 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evaluation.encoder import find_tokenizer
 from lora import inject_lora, lora_layers
+from presets import BACKBONES
 from pretrained import backbones
 from pretrained.backbones import describe_clip, load_clip
 from settings import Settings, notes_of
 from training.plan import fill, one_batch, skeleton
-from training.presets import BACKBONES
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

@@ -13,12 +13,12 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from presets import BACKBONES
 from settings import Settings
 from training import assemble, plan, speed
 from training import checkpoints as ckpt
 from training.assemble import make_optimizer, parameter_groups
 from training.fakes import matrix_attention, without_memory
-from training.presets import BACKBONES
 from training.process import Process
 
 CPU = Process()

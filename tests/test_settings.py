@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from presets import BACKBONES
 from settings import Settings, names, notes_of, of_stage, relevant, usual
-from training.presets import BACKBONES
 
 
 def test_nothing_given_is_the_toy():

@@ -91,7 +91,7 @@ class Settings:
     """peak learning rate of the VAE"""
     kl_weight: float = setting(1e-4)
     """weight of the VAE's KL term"""
-    vqgan_steps: int = setting(2400, at_least=1)
+    vqgan_steps: int = setting(4000, at_least=1)
     """steps of the VQ-GAN, which starts from the VAE"""
     vqgan_batch: int = setting(16, at_least=1)
     """images per step of the VQ-GAN"""

@@ -19,6 +19,7 @@ from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
 from genhancer import GenHancer
 from paradigms import Continuous, Discrete, Paradigm
 from perceiver_denoiser import PerceiverDenoiser, PerceiverDenoiserConfig
+from presets import TOY_DIR
 from pretrained.autoencoders import VAE, VQGAN, VQGANConfig, load_vae, load_vqgan
 from pretrained.backbones import ClipInfo, describe_clip, load_clip
 from pretrained.flux import load_flux
@@ -28,7 +29,6 @@ from toy.world import ToyScenes
 from training import checkpoints as ckpt
 from training import feature_cache, speed
 from training.preflight import read_state, require_same
-from training.presets import TOY_DIR
 from training.process import Process, start_process, union_over_ranks, wait_for_slowest
 from training.shards import ShardIndex, is_shard_pattern
 from util.files import fingerprint

@@ -5,7 +5,7 @@ settings.py holds the paper's full size; a preset replaces some of its numbers.
 
 from pathlib import Path
 
-TOY_DIR = Path(__file__).resolve().parent.parent / "toy"
+TOY_DIR = Path(__file__).resolve().parent / "toy"
 # The six backbones of Tab. 1 by preset, and a small one. "quickgelu" is not optional: OpenAI's and
 # MetaCLIP's weights were trained with that activation, and load without a murmur into the other.
 BACKBONES = {
