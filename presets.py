@@ -1,6 +1,11 @@
-"""The numbers of the presets, each group with its reason; and what people type instead of a flag.
+"""The numbers that a preset puts in the place of the paper's, each group with its reason.
 
-settings.py holds the paper's full size; a preset replaces some of its numbers.
+settings.py holds the paper's full size (Sec. 5.1, App. B): whoever gives a backbone's preset gets
+just that. The toy and the small backbone need other numbers; so does a Perceiver, of which the
+paper gives only the layers, and a run of both denoisers at once, which the paper does not have.
+
+Groups are laid over one another, later ones on top, by `usual` in settings.py: the paper's numbers,
+then the preset's, then those of its denoiser, then what is given by hand.
 """
 
 from pathlib import Path
@@ -70,7 +75,9 @@ TOY_PERCEIVER = {
     "stage2_lr": 9e-4,
     "drift_weight": 0.1,
 }
-# Both at once: the batch between theirs, and more drift weight, since two losses pull.
+# Both at once: a nat pulls about five times as hard as a unit of squared error, so it counts a
+# fifth. The toy's batch lies between those of its denoisers alone, and λ is higher than the flow's:
+# two losses pull where one did. Chosen with training seed 0 on validation pairs.
 JOINT = {"loss_weights": "1,0.2"}
 TOY_JOINT = {
     **JOINT,
@@ -86,27 +93,3 @@ PERCEIVER = {"width": 1024, "heads": 16}
 # about 100 M parameters, batches of 64, and an epoch of CC3M. The rates are the paper's.
 ONE_GPU = {"gpus": 1, "batch": 64, "micro_batch": 64, "stage1_steps": 50_000, "sample_every": 2_500}
 ONE_GPU_FLOW = {"width": 1152, "heads": 9, "blocks": 1, "context_dim": 1024}
-
-# What people type, and what it is called here.
-HINTS = {
-    "zero": "--shard shares weights, gradients and moments out among the ranks",
-    "fsdp": "--shard",
-    "vae_fp32": "--tokenizer_dtype fp32 (the default), or bf16",
-    "lr": "the stages have rates of their own: --stage1_lr and --stage2_lr",
-    "learning_rate": "the stages have rates of their own: --stage1_lr and --stage2_lr",
-    "steps": "the stages have steps of their own: --stage1_steps and --stage2_steps",
-    "max_steps": "the stages have steps of their own: --stage1_steps and --stage2_steps",
-    "epochs": "there are steps, not epochs: --stage1_steps and --stage2_steps, of --batch images",
-    "batch_size": "--batch is the global batch, --micro_batch what one GPU takes at once",
-    "output": "everything goes to --runs DIR/--name NAME",
-    "out": "everything goes to --runs DIR/--name NAME",
-    "output_dir": "everything goes to --runs DIR/--name NAME",
-    "resume": "the same command again goes on from the newest checkpoint",
-    "device": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= (empty) hides it",
-    "gpu": "torchrun --nproc_per_node N train.py … takes N GPUs",
-    "model": "the CLIP to enhance is --clip, a whole set of defaults --preset",
-    "bf16": "--precision bf16",
-    "fp16": "--precision bf16: it needs no loss scaling",
-    "lora_r": "--lora_rank",
-    "no_cache": "--cache '' is none, --cache memory in memory, --cache DIR a folder",
-}

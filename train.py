@@ -25,16 +25,39 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
-from presets import HINTS
 from settings import Settings, run_directory
 from training.preflight import check_run, finished, jobs_of, preflight, stages_of
 from util.cli import parse_settings, run_command
-
 
 # ------------------------------------------------------------------------------------------------
 # The command line. A mistake is answered at once: only then are PyTorch and open_clip imported,
 # which takes seconds.
 # ------------------------------------------------------------------------------------------------
+# What people type, and what it is called here.
+HINTS = {
+    "zero": "--shard shares weights, gradients and moments out among the ranks",
+    "fsdp": "--shard",
+    "vae_fp32": "--tokenizer_dtype fp32 (the default), or bf16",
+    "lr": "the stages have rates of their own: --stage1_lr and --stage2_lr",
+    "learning_rate": "the stages have rates of their own: --stage1_lr and --stage2_lr",
+    "steps": "the stages have steps of their own: --stage1_steps and --stage2_steps",
+    "max_steps": "the stages have steps of their own: --stage1_steps and --stage2_steps",
+    "epochs": "there are steps, not epochs: --stage1_steps and --stage2_steps, of --batch images",
+    "batch_size": "--batch is the global batch, --micro_batch what one GPU takes at once",
+    "output": "everything goes to --runs DIR/--name NAME",
+    "out": "everything goes to --runs DIR/--name NAME",
+    "output_dir": "everything goes to --runs DIR/--name NAME",
+    "resume": "the same command again goes on from the newest checkpoint",
+    "device": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= (empty) hides it",
+    "gpu": "torchrun --nproc_per_node N train.py … takes N GPUs",
+    "model": "the CLIP to enhance is --clip, a whole set of defaults --preset",
+    "bf16": "--precision bf16",
+    "fp16": "--precision bf16: it needs no loss scaling",
+    "lora_r": "--lora_rank",
+    "no_cache": "--cache '' is none, --cache memory in memory, --cache DIR a folder",
+}
+
+
 def command_line() -> Settings:
     """Raises: ValueError or OSError for whatever can be refused without looking into weights."""
     summary, examples = __doc__.split("\n\n")[:2]

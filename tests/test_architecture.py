@@ -78,7 +78,7 @@ def functions(file):
 
 # -- rooms ---------------------------------------------------------------------------------------
 def test_twelve_files_at_the_root_and_five_folders_of_code():
-    assert {f.stem for f in ROOT.glob("*.py")} == ROOT_FILES and len(ROOT_FILES) == 10
+    assert {f.stem for f in ROOT.glob("*.py")} == ROOT_FILES and len(ROOT_FILES) == 12
     aside = {"tests", "benchmarks", "notebooks", "docs", "runs"}
     with_code = {f.parent.name for f in ROOT.glob("[!.]*/*.py")} - aside
     assert with_code == set(FOLDERS)
