@@ -5,11 +5,9 @@
     hide          mix it with noise, at time t            mask most of them
     losses        Eq. (3): the velocity to the latent     Eq. (4): the masked indices
 
-Of the equations in front of these, Eq. (1) is Eq. (3) without a condition, and Eq. (2), which
-predicts indices one after the other, is replaced by its masked form, Eq. (4).
+Eq. (1) is Eq. (3) without a condition; Eq. (4) is the masked form of Eq. (2).
 
-A paradigm is all that stands behind the [CLS] token. What stands before it, and who learns when, is
-the same for both and in genhancer.py.
+What stands before the [CLS] token, and who learns when, is the same for both: genhancer.py.
 
 Letters: B images, H W height and width; d width of CLIP's global token, p width of its patch
 tokens, T condition tokens; of the VAE C h w latent channels, height and width; of the VQ-GAN N
@@ -57,7 +55,7 @@ class Paradigm(nn.Module):
         self.denoiser_learns = any(p.requires_grad for p in denoiser.parameters())
 
     def connect(self, d: int, p: int | None = None) -> None:
-        """Fresh projectors from a global token of width d and, if given, patch tokens of width p."""
+        """Fresh projectors from a global token (width d) and, if asked, patch tokens (p)."""
         self.project_vector = Projector(d, self.vector_dim) if self.vector_dim else None
         self.project_context = Projector(d, self.context_dim)
         self.project_local = Projector(p, self.context_dim) if p else None
