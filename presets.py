@@ -73,7 +73,7 @@ TOY_PERCEIVER = {
     "stage1_lr": 1.5e-3,
     "stage2_steps": 900,
     "stage2_lr": 9e-4,
-    "drift_weight": 0.1,
+    "drift_weight": 0.15,
 }
 # Both at once: a nat pulls about five times as hard as a unit of squared error, so it counts a
 # fifth. The toy's batch lies between those of its denoisers alone, and λ is higher than the flow's:
@@ -85,7 +85,7 @@ TOY_JOINT = {
     "micro_batch": 48,
     "stage2_steps": 500,
     "stage2_lr": 9e-4,
-    "drift_weight": 0.04,
+    "drift_weight": 0.05,
 }
 # The full size's Perceiver is a twelfth of its flow denoiser, and fits one GPU as it is.
 PERCEIVER = {"width": 1024, "heads": 16}
