@@ -18,9 +18,10 @@ ARMS = {  # name of the benchmark: what it is
     "lambda0": "flow: two stages, λ = 0 (the paper)",
     "end_to_end": "flow: end to end, λ = 0.02",
     "end_to_end_lambda0": "flow: end to end, λ = 0",
-    "perceiver": "perceiver: two stages, λ = 0.1 (preset `toy`)",
-    "perceiver_lambda0": "perceiver: two stages, λ = 0 (the paper)",
-    "perceiver_learnt": "perceiver: 32 learnt latents, λ = 0.1",
+    "joint": "both at once: λ = 0.05 (preset `toy`)",
+    "perceiver": "perceiver: two stages, λ = 0.15 (preset `toy`)",
+    "perceiver_lambda0": "perceiver: two stages, λ = 0 (the paper), earlier VQ-GAN",
+    "perceiver_learnt": "perceiver: 32 learnt latents, λ = 0.1, earlier VQ-GAN",
 }
 HEAD = ["what", "seeds", "unmentioned", "mentioned", "subject zero-shot", "cosine", "date"]
 

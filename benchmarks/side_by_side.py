@@ -1,8 +1,8 @@
-"""Two committed results of toy_seeds.py in one table: continuous and discrete denoiser.
+"""Committed results of toy_seeds.py in one table: continuous, discrete, and both denoisers at once.
 
-    python benchmarks/side_by_side.py                toy_seeds and perceiver → side_by_side.md
+    python benchmarks/side_by_side.py       toy_seeds, perceiver and joint → side_by_side.md
 
-Nothing is measured here; both were scored on the same pairs and scenes.
+Nothing is measured here; all were scored on the same pairs and scenes.
 """
 
 import json
@@ -12,7 +12,7 @@ from report import HERE, parser, publish, spread, table
 
 from util.cli import run_command
 
-HEAD = ["", "n", "before", "continuous: after", "change", "discrete: after", "change"]
+RESULTS = {"toy_seeds": "continuous", "perceiver": "discrete", "joint": "both at once"}
 
 
 def read(name: str) -> dict:
@@ -42,33 +42,28 @@ def rows(result: dict) -> dict[str, tuple[int, float, np.ndarray]]:
 
 
 def main() -> None:
-    flags = parser(__doc__)
-    flags.add_argument("--continuous", default="toy_seeds")
-    flags.add_argument("--discrete", default="perceiver")
-    args = flags.parse_args()
-    names = args.continuous, args.discrete
-    results = [read(name) for name in names]
-    seeds = [", ".join(map(str, result["seeds"])) for result in results]
-    sources = [f"[{name}](../benchmarks/{name}.md)" for name in names]
+    parser(__doc__).parse_args()
+    results = {name: read(name) for name in RESULTS}
+    seeds = {", ".join(map(str, result["seeds"])) for result in results.values()}
+    if len(seeds) > 1:
+        raise ValueError(f"results of different seeds: {' and '.join(sorted(seeds))}")
+    sources = ", ".join(f"[{name}](../benchmarks/{name}.md)" for name in RESULTS)
     first = (
-        f"Percent right; mean ± standard deviation over seeds {seeds[0]} (continuous) and "
-        f"{seeds[1]} (discrete). From {sources[0]} and {sources[1]}."
+        "Percent right before; then points of change, mean ± standard deviation over seeds "
+        f"{seeds.pop()}. From {sources}."
     )
-    left, right = (rows(result) for result in results)
-    if left.keys() != right.keys():
-        odd = ", ".join(sorted(left.keys() ^ right.keys()))
-        raise ValueError(f"only one of {names[0]} and {names[1]} has {odd}: run toy_seeds.py")
+    measured = {name: rows(result) for name, result in results.items()}
     cells = []
-    for label, (n, before, after) in left.items():
-        if right[label][:2] != (n, before):
-            raise ValueError(f"{names[0]} and {names[1]}: {label} was scored on different pairs")
+    for label, (n, before, _) in measured["toy_seeds"].items():
         line = [label, n, f"{before:.1f}"]
-        for percent in (after, right[label][2]):
-            line += [spread(percent), spread(percent - before, "+")]
+        for name, found in measured.items():
+            if found.get(label, ())[:2] != (n, before):
+                raise ValueError(f"{name}: {label} was not scored on the same: run toy_seeds.py")
+            line.append(spread(found[label][2] - before, "+"))
         cells.append(line)
-    cosines = [f"{np.mean(result['cosine_to_original']):.3f}" for result in results]
-    cells.append(["cosine to the original", "", 1, cosines[0], "", cosines[1], ""])
-    publish("side_by_side", [first, "", *table(HEAD, cells)])
+    cosines = [f"{np.mean(result['cosine_to_original']):.3f}" for result in results.values()]
+    cells.append(["cosine to the original", "", 1, *cosines])
+    publish("side_by_side", [first, "", *table(["", "n", "before", *RESULTS.values()], cells)])
 
 
 if __name__ == "__main__":
