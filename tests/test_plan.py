@@ -292,7 +292,13 @@ def test_the_cache_in_the_plan():
     figures = plan.make_plan(Settings.of("openai-l14-224", stage="1", shard=True), 8, "cuda")
     assert figures.cache == 2 * (2 * 16 * 28 * 28 + 768) + 4
     assert 1.3 < figures.stages[1].flops / (figures.stages[1].flops - figures.spared) < 1.6
-    assert "51.7 kB an image, 155 GB for CC3M; stage 1 then takes 81" in report(figures)
+    said = "51.7 kB an image, 155 GB for CC3M; stage 1 then takes 816.1 of 1,186.7 GFLOP an image"
+    assert said in report(figures)
+    # With it: a step that is spared them, and the same line.
+    asked = Settings.of("openai-l14-224", stage="1", shard=True, cache="features")
+    with_it = plan.make_plan(asked, 8, "cuda")
+    assert with_it.stages[1].flops == figures.stages[1].flops - figures.spared
+    assert "tokenizer" not in with_it.stages[1].peaks and said in report(with_it)
 
 
 def test_flux_in_the_plan():

@@ -158,7 +158,11 @@ def watched_step(model: GenHancer, settings: Settings, process: Process, shard: 
         for parameter in learning:
             parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-    cached = model.precompute(images) if settings.cache else None
+    cached = None
+    if settings.cache:  # a run makes it in float32, before frozen matrices are brought to bf16
+        with torch.autocast("cpu", torch.bfloat16, process.autocast):
+            found = model.precompute(images)
+        cached = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
     held = *moments, *gradients, images, *draws.values()
     watch = Watch([*model.parameters(), *model.buffers(), *held, *(cached or {}).values()])
     tokenize = model.tokenize

@@ -98,7 +98,9 @@ def report(plan: Plan) -> str:
         lines += of_stage(plan, number, stage)
     lines.append(f"  enhanced model {plan.enhanced / GB:.3f} GB")
     if plan.cache:
-        whole, size = plan.stages[1].flops, f"{plan.cache / 1e3:.1f} kB an image"
+        size = f"{plan.cache / 1e3:.1f} kB an image"
+        # With --cache the figures above are already those of a stage 1 that is spared them.
+        whole = plan.stages[1].flops + (plan.spared if s.cache else 0)
         lines.append(
             f"  --cache DIR would keep {size}, {plan.cache * CC3M / GB:.0f} GB for CC3M; stage 1 "
             f"then takes {(whole - plan.spared) / 1e9:,.1f} of {whole / 1e9:,.1f} GFLOP an image"
