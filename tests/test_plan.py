@@ -301,6 +301,11 @@ def test_the_cache_in_the_plan():
     assert "tokenizer" not in with_it.stages[1].peaks and said in report(with_it)
 
 
+def test_the_plan_has_the_stages_of_the_run():
+    for more, stages in (({}, [1, 2]), ({"stage1_from": "a"}, [2]), ({"end_to_end": True}, [2])):
+        assert list(plan.make_plan(toy(**more), 1, "cpu").stages) == stages
+
+
 def test_flux_in_the_plan():
     settings = Settings.of("openai-l14-224", flux="flux1-dev.safetensors", micro_batch=2)
     figures = plan.make_plan(settings, 8, "cuda")

@@ -33,7 +33,7 @@ from training import assemble, speed
 from training.fakes import Watch, imagined_ranks, local, without_memory
 from training.feature_cache import cache_bytes
 from training.plan_report import Plan, StagePlan, report
-from training.preflight import check_batch, jobs_of
+from training.preflight import check_batch, jobs_of, stages_of
 from training.process import Process
 from training.sharding import shared_out
 
@@ -241,8 +241,7 @@ def make_plan(settings: Settings, ranks: int, device: str, other: bool = False) 
         enhanced=4 * whole,
         text=4 * counts[text],
     )
-    stages = [s for s in (1, 2) if settings.stage in (str(s), "both")]
-    for stage in [2] if settings.end_to_end else stages:
+    for stage in stages_of(settings):
         plan.stages[stage] = found = rehearse(settings, ranks, device, stage)
         if other and ranks > 1 and found.trainable > WORTH_SHARING:
             contrary = replace(settings, shard=not settings.shard)
