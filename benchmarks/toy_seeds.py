@@ -98,12 +98,14 @@ def margin_lines(side: str, figures: dict[str, dict]) -> list[str]:
 
 
 def sign_flip(net: np.ndarray, draws: int = 100_000) -> float:
-    """Two-sided p of the sum of `net` (one number a pair) under random signs."""
+    """Two-sided p of the sum of `net` (one number a pair) under random signs. Sums that are equal
+    but for rounding, as of thirds, are ties, and ties count."""
     net = net[net != 0].astype(np.float32)
+    least = abs(net.sum()) - 1e-5 * np.abs(net).sum()
     rng, extreme, chunk = np.random.default_rng(0), 0, 1000
     for _ in range(draws // chunk):
         signs = rng.integers(0, 2, (chunk, len(net)), dtype=np.int8) * 2 - 1
-        extreme += int((np.abs(signs @ net) >= abs(net.sum())).sum())
+        extreme += int((np.abs(signs @ net) >= least).sum())
     return (extreme + 1) / (draws + 1)
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -29,3 +30,14 @@ def test_a_small_run(command, words):
     assert {k: v for k, v in after.items() if k != "__pycache__"} == {
         k: v for k, v in before.items() if k != "__pycache__"
     }
+
+
+def test_sums_that_tie_count_in_a_sign_flip_test_of_fractions(monkeypatch):
+    """A claim of three arms differs by thirds, whose sums round: p is that of whole numbers."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from toy_seeds import sign_flip
+
+    rng = np.random.default_rng(3)
+    for pairs in (38, 113):
+        whole = rng.integers(-5, 6, pairs) + (rng.random(pairs) < 0.15)
+        assert sign_flip(whole / 3) == sign_flip(whole / 6) == sign_flip(whole)
