@@ -258,11 +258,13 @@ class Settings:
             found = [float(w) for w in given]
         except ValueError:
             found = []
-        if len(found) != len(self.denoisers) or not all(0 <= w < math.inf for w in found):
+        wrong = len(found) != len(self.denoisers) or not all(0 <= w < math.inf for w in found)
+        if wrong or not any(found):
             count = len(self.denoisers)
             raise ValueError(
-                f"--loss_weights {self.loss_weights!r}: expected {count} numbers from 0 on, like "
-                f"{','.join(['1', '0.2'][:count])}, one for each of --denoiser {self.denoiser}"
+                f"--loss_weights {self.loss_weights!r}: expected {count} numbers from 0 on, not "
+                f"all 0, like {','.join(['1', '0.2'][:count])}, one for each of --denoiser "
+                f"{self.denoiser}"
             )
         return found
 

@@ -200,6 +200,7 @@ def test_each_part_has_its_own_presets_numbers():
         ("--denoiser flow+perceiver --loss_weights 1,-2", "expected 2 numbers"),
         ("--denoiser flow+perceiver --loss_weights 1,nan", "expected 2 numbers"),
         ("--denoiser flow+perceiver --loss_weights 1,x", "expected 2 numbers"),
+        ("--denoiser flow+perceiver --loss_weights 0,0", "not all 0, like 1,0.2"),
         ("--loss_weights 1", "would do nothing with one denoiser"),
         ("--denoiser perceiver+perceiver", "flow+perceiver"),
         ("--denoiser flow+perceiver --stage1_from runs/a", "one run for each"),
