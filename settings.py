@@ -345,7 +345,9 @@ def check(settings: Settings) -> None:
                 f"--{field.name} is of the {owner} denoiser and would do nothing here: drop it, or "
                 f"add --denoiser {owner}"
             )
-        if settings.flux and field.metadata.get("flux_decides"):
+        # A Perceiver beside it may still be told its width.
+        alone = len(settings.denoisers) == 1 or "only" in field.metadata
+        if settings.flux and field.metadata.get("flux_decides") and alone:
             raise ValueError(
                 f"--{field.name} would do nothing beside --flux, whose file decides: drop it"
             )
@@ -411,6 +413,7 @@ def parts(settings: Settings) -> list[Settings]:
             if value != usually[key]
             and notes_of(key).get("only", name) == name
             and notes_of(key).get("stage") != 2
+            and not (name == "flow" and settings.flux and notes_of(key).get("flux_decides"))
         }
         where = {"runs": str(run_directory(settings)), "name": name, "stage": "both"}
         given |= {**where, "denoiser": name, "stage1_from": "", "plan": False}

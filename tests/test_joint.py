@@ -193,6 +193,16 @@ def test_each_part_has_its_own_presets_numbers():
     assert given[1].layers == 2 and given[1].mask_from == 0.6 and given[0].mask_from == 0.5
 
 
+def test_beside_flux_the_perceiver_alone_is_told_its_width():
+    where = {"denoiser": "flow+perceiver", "flux": "x"}
+    flow, perceiver = parts(Settings.of("openai-l14-224", **where, width=512, heads=8))
+    usual, _ = parts(Settings.of("openai-l14-224", **where))
+    assert (perceiver.width, perceiver.heads, perceiver.flux) == (512, 8, "") and flow.flux == "x"
+    assert flow.width == usual.width
+    with pytest.raises(ValueError, match="--blocks would do nothing beside --flux"):
+        Settings.of("openai-l14-224", **where, blocks=3)
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
