@@ -272,5 +272,5 @@ def test_a_run_whose_stage_1_is_another_is_not_loaded(straight, tmp_path):
     newest = "stage1/step_00000006/trained.safetensors"
     shutil.copy(tmp_path / "other" / newest, tmp_path / "m" / newest)
     load_run(tmp_path / "m", stage=1)
-    with pytest.raises(ValueError, match="trained beside other parts .fingerprints: denoiser"):
+    with pytest.raises(ValueError, match="trained beside other parts .fingerprints: flow.denoiser"):
         load_run(tmp_path / "m", stage=2)
