@@ -133,6 +133,12 @@ def record_of(arm: str, seed: int) -> Path:
     return RECORDS / f"{arm}-{seed}.json"
 
 
+def stage1_steps(arm: Arm) -> int:
+    """How long its own stage 1 lasts."""
+    flags = shlex.split(arm.flags)
+    return int(flags[flags.index("--stage1_steps") + 1])
+
+
 def has_stage1(run: Path, steps: int) -> bool:
     """Whether a stage 1 of that many steps is there."""
     found = checkpoints_in(run / "stage1")
@@ -172,9 +178,7 @@ class Runner:
     def stage1(self, arm: str, seed: int) -> None:
         """The stage 1 that others start from, once."""
         with self.lock(arm, seed):
-            flags = shlex.split(ARMS[arm].flags)
-            steps = int(flags[flags.index("--stage1_steps") + 1])
-            if not has_stage1(run_of(arm, seed, self.runs), steps):
+            if not has_stage1(run_of(arm, seed, self.runs), stage1_steps(ARMS[arm])):
                 self.train(arm, seed, "--stage", "1")
 
     def job(self, arm: str, seed: int) -> None:

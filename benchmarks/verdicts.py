@@ -4,10 +4,11 @@
 
 The rule, fixed before the runs. A claim names arms that should be ahead and arms that should be
 behind (or "original": the CLIP before training). Its *effect* is the mean difference in points of
-unmentioned pairs, over pairs and seeds. Two tests ask whether it is more than chance: a sign-flip
-test whose unit is the pair (differences summed over seeds), since the same pairs are asked each
-time, and a paired t test whose unit is the seed. The larger of both p values counts, corrected for
-twelve claims after Holm. The 95 % interval is the t test's.
+unmentioned pairs, over its arms, over pairs and seeds. Two tests ask whether it is more than
+chance: a sign-flip test whose unit is the pair (differences summed over seeds), since the same
+pairs are asked each time, and a paired t test whose unit is the seed. The larger of both p values
+counts, corrected for twelve claims after Holm. The 95 % interval is the t test's. (Along stage 2
+nothing is scaled: that claim has the same verdict as trained and at equal retention.)
 
     "ahead"      holds       the effect is above 0 with p < 0.05
                  holds not   it is below 0 with p < 0.05, or its interval ends below +1.5 points
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
-from ablations import ARMS, RECORDS, SEEDS, record_of
+from ablations import ARMS, RECORDS, SEEDS, record_of, stage1_steps
 from report import ROOT, each, spread, table
 from toy_seeds import sign_flip
 
@@ -391,7 +392,7 @@ def details(i: int, claim: Claim) -> list[str]:
         if ARMS[arm].steps:
             lines += stage2_table(arm)
     if any(arm.startswith("flow-stage1") for arm in arms):
-        lines += drawing_table(sorted(arms, key=lambda a: ARMS[a].flags))
+        lines += drawing_table(sorted(arms, key=lambda a: stage1_steps(ARMS[a])))
     return [*lines, ""]
 
 

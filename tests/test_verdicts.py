@@ -125,6 +125,19 @@ def test_an_arm_ahead_on_every_seed_is_ahead(records, monkeypatch):
     assert verdicts.judge(False) == [None] and verdicts.said(None) == "not run yet"
 
 
+def test_drawings_stand_in_the_order_of_the_length_of_stage_1(records, tmp_path):
+    lengths = [100, 200, 400, 800, 1400, 2800]
+    for steps in lengths:
+        arm = "flow" if steps == 800 else f"flow-stage1-{steps}"
+        records(arm, 1, pace=1)
+        file = tmp_path / f"{arm}-1.json"
+        drawn = {"drawings": {"loss": steps, "pairs": {"Average": 20.0}}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | drawn))
+    lines = verdicts.details(12, verdicts.CLAIMS[11])
+    rows = [line for line in lines if "20.0" in line]
+    assert [float(row.split("|")[2]) for row in rows] == lengths
+
+
 # -- the table of arms and the document ----------------------------------------------------------
 def test_claims_name_arms_that_there_are():
     assert len(verdicts.CLAIMS) == 12
