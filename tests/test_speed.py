@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partialmethod
 
 import pytest
@@ -113,6 +114,15 @@ def test_frozen_matrices_cannot_be_bf16_in_a_run_in_float32(flux):
     with pytest.raises(ValueError, match="needs a run in bf16: add --precision bf16"):
         speed.check_switches(Settings.of("toy", frozen_dtype="bf16"), Process())
     speed.check_switches(Settings.of("toy", frozen_dtype="bf16"), HALF)
+
+
+def test_shares_in_bf16_beside_a_cache_need_gpus():
+    """A CPU's LayerNorm would end the run with a traceback."""
+    two = replace(HALF, ranks=2)
+    with pytest.raises(ValueError, match="needs GPUs: on CPUs add --precision fp32"):
+        speed.check_switches(Settings.of("toy", shard=True), two)
+    speed.check_switches(Settings.of("toy", shard=True, cache=""), two)
+    speed.check_switches(Settings.of("toy", shard=True), HALF)
     stage, _ = started("flow", 1, flux, process=Process(), frozen_dtype="auto")
     assert {p.dtype for p in stage.model.parameters()} == {torch.float32}
 

@@ -33,6 +33,10 @@ def check_switches(settings: Settings, process: Process) -> None:
     """Raises: ValueError where this machine, or the run's precision, cannot do what is asked."""
     if settings.frozen_dtype == "bf16" and not process.autocast:
         raise ValueError("--frozen_dtype bf16 needs a run in bf16: add --precision bf16")
+    # A CPU's LayerNorm takes no float32 from a cache beside weights that travel as bf16.
+    on_cpu, many = process.device.type == "cpu", process.ranks > 1
+    if settings.shard and settings.cache and process.autocast and on_cpu and many:
+        raise ValueError("--shard with --cache in bf16 needs GPUs: on CPUs add --precision fp32")
     if settings.compile:
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(2, device=process.device))
