@@ -141,6 +141,8 @@ def test_stages_1_of_two_other_runs(joint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert equal(tensors(tmp_path / "other", 2), tensors(joint, 2))
     assert not (tmp_path / "other" / "flow").exists()
+    card = (tmp_path / "other" / "enhanced" / "README.md").read_text()
+    assert "that of the runs `straight/flow` and `straight/perceiver`, whose" in card
     assert load_run(tmp_path / "other")[1].original is not None
 
 

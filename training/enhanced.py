@@ -177,8 +177,13 @@ def where_stage1_is(settings: Settings) -> str:
         return "there was no stage 1 (end to end)"
     where = "in `config.json`, `stages` → `1` → `settings`"
     if settings.stage1_from:
-        names = " and ".join(f"`{folder.name}`" for folder in stage1_runs(settings))
-        return f"stage 1 was that of the run {names}, whose settings are there {where}"
+        # A part of a joint run is called after its denoiser alone: the run it is of says more.
+        names = [
+            f"{f.parent.name}/{f.name}" if f.name in settings.denoisers else f.name
+            for f in map(Path.absolute, stage1_runs(settings))
+        ]
+        named, several = " and ".join(f"`{name}`" for name in names), "s" * (len(names) > 1)
+        return f"stage 1 was that of the run{several} {named}, whose settings are there {where}"
     if len(settings.denoisers) > 1:
         folders = " and ".join(f"`{name}/`" for name in settings.denoisers)
         return f"those of the stages 1 are in the run's folders {folders}, {where}"
