@@ -401,7 +401,8 @@ def relevant(settings: Settings, stage: int) -> dict:
 def parts(settings: Settings) -> list[Settings]:
     """Every denoiser's own settings: those of its stage 1, and of its shape. One alone is the run
     itself. Of several, each has a run of its own, RUNS/NAME/DENOISER, with its own preset's numbers
-    but for what was given by hand."""
+    but for what was given by hand. (A value that repeats the joint preset's is not told from none
+    given: each keeps its own.)"""
     if len(settings.denoisers) == 1:
         return [settings]
     usually, found = usual(settings.preset, settings.denoiser), []
