@@ -103,8 +103,9 @@ def test_the_card_says_what_what_it_cost_and_what_made_it(run):
     card = model_card(described(OPENAI_LIKE), SETTINGS, run)
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert "library_name: open_clip" in head.splitlines()
-    assert "Base: `clip.safetensors`" in body and "(ae.safetensors)" in body
-    assert "| 1 | 6 | 96 | 1.2500 | 0.0000 |\n| 2 | 4 | 12,800 | 0.5000 | 0.0123 |" in body
+    assert "Base: `clip.safetensors`" in body and "`ae.safetensors`" in body
+    rows = "| flow | 1 | 6 | 96 | 1.2500 | 0.0000 |\n| flow | 2 | 4 | 12,800 | 0.5000 | 0.0123 |"
+    assert rows in body
     assert "python eval_mmvp.py --model runs/my-run" in body
     assert "| stage2_lr | 3e-05 |" in body and "stage1_lr" not in body
     assert "licence" in body and "export_hf.py" in body
@@ -138,7 +139,7 @@ def test_the_card_says_where_the_settings_of_stage_1_are(run, settings, words):
 def test_the_vqgan_of_the_discrete_denoiser(run):
     settings = Settings(denoiser="perceiver", vqgan="/data/vqgan.ckpt", layers=5)
     card = model_card(described(OPENAI_LIKE), settings, run)
-    assert "(vqgan.ckpt)" in card and "| layers | 5 |" in card
+    assert "`vqgan.ckpt`" in card and "| layers | 5 |" in card
 
 
 def test_of_an_absolute_path_the_name_alone():
