@@ -201,7 +201,7 @@ def test_another_model_or_other_pictures_are_refused(tmp_path, make_genhancer, s
     other = copy.deepcopy(make_genhancer())  # the fixture's models share one tokenizer
     with torch.no_grad():
         next(other.paradigm.tokenizer.parameters()).add_(1)
-    refused("tokenizer .weights: .* → ", model=other)
+    refused("flow.tokenizer .weights: .* → ", model=other)
     other = make_genhancer()
     other.info = dataclasses.replace(other.info, mean=(0.1, 0.1, 0.1))
     refused("clip .preprocess_cfg.mean", model=other)
@@ -209,7 +209,7 @@ def test_another_model_or_other_pictures_are_refused(tmp_path, make_genhancer, s
     refused("pictures .seed: 0 → 1", seed=1)
     refused("records .log_variance", cache_dtype="fp16")
     refused("records .log_variance", model=make_genhancer(sample_posterior=False))
-    refused("tokenizer", model=make_genhancer("perceiver"))
+    refused("perceiver.tokenizer", model=make_genhancer("perceiver"))
     refused("pictures .count: 20 → 19", pictures_in(photos(tmp_path / "fewer", 19)))
     (tmp_path / "fewer" / "other.png").write_bytes((tmp_path / "photos" / "00.png").read_bytes())
     refused("pictures .names", pictures_in(tmp_path / "fewer"))

@@ -298,7 +298,7 @@ def whose(cache: FeatureCache, model: GenHancer, settings: Settings) -> dict:
     """Everything that decides the numbers of a cache, and where they lie in it."""
     parts = {"clip": (model.visual, model.info.open_clip_config())}
     for name, paradigm in model.paradigms.items():
-        parts[name] = paradigm.tokenizer, asdict(paradigm.tokenizer.config)
+        parts[f"{name}.tokenizer"] = paradigm.tokenizer, asdict(paradigm.tokenizer.config)
     crops = {name: getattr(settings, name) for name in ("crop_min", "crop_white", "seed")}
     types = {name: str(cache.record[name]) for name in cache.record.names}
     return {
