@@ -117,7 +117,7 @@ def test_published_flux_as_the_denoiser(tmp_path):
     assert (tmp_path / "half" / "samples" / "stage2_step000004.png").is_file()
     flags[-1] = str(tmp_path / "b.safetensors")
     again = train_here(tmp_path, "flux", tiny=flags)
-    assert again.returncode == 2 and "in its fingerprints (denoiser" in again.stderr
+    assert again.returncode == 2 and "in its fingerprints (flow.denoiser" in again.stderr
 
 
 @pytest.mark.usefixtures("small_siglip")
