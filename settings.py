@@ -240,6 +240,8 @@ class Settings:
         for name, value in {**usual(preset, given.get("denoiser", "flow")), **given}.items():
             object.__setattr__(self, name, value)  # frozen for everybody else
         check(self)
+        if len(given) < len(names()):  # by hand: not a whole run's settings, read back
+            check_heard(self, given)
 
     @classmethod
     def of(cls, preset: str = "toy", **changes) -> "Settings":
@@ -420,6 +422,24 @@ def parts(settings: Settings) -> list[Settings]:
         given |= {**where, "denoiser": name, "stage1_from": "", "plan": False}
         found.append(Settings(**{**usual(settings.preset, name), **given}))
     return found
+
+
+def check_heard(settings: Settings, given: dict) -> None:
+    """What is given by hand goes to every denoiser that knows it, and `parts` tells it by its
+    difference from the preset. Raises: ValueError for a value that is the preset's own, and yet not
+    that of each denoiser alone."""
+    usually = usual(settings.preset, settings.denoiser)
+    decided = {"denoiser", "stage", "runs", "name", "stage1_from", "plan"}  # by `parts`
+    for part in parts(settings):
+        for name, value in given.items():
+            known = notes_of(name).get("only", part.denoiser) == part.denoiser
+            mine = notes_of(name).get("stage") != 2 and name not in decided
+            if known and mine and value == usually[name] and getattr(part, name) != value:
+                raise ValueError(
+                    f"--{name} {value} is what the preset has for stage 2, and its "
+                    f"{part.denoiser} alone has {getattr(part, name)}: drop it, or train "
+                    f"--denoiser {part.denoiser} --stage 1 by itself and name it in --stage1_from"
+                )
 
 
 def stage1_runs(settings: Settings) -> list[Path]:

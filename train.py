@@ -275,7 +275,7 @@ def train_steps(
         settings: rates, batch, LoRA and seed; by default the toy's.
     """
     if settings is None:
-        settings = Settings.of("toy", denoiser="+".join(model.paradigms))
+        settings = Settings.of("toy", denoiser="+".join(sorted(model.paradigms)))
     settings = replace(settings, **{f"stage{stage}_steps": steps})
     underway = begin(stage, model, settings, Process(device=model.mean.device))
     for pieces in islice(underway.global_batches(data), steps):

@@ -349,7 +349,7 @@ def arm_row(arm: str) -> list[str]:
 
 HEAD = [
     "arm", "unmentioned", "seed by seed", "mentioned", "subject", "unmentioned at equal retention",
-    "seconds", "M trained in stage 1",
+    "seconds of its own stages", "M trained in stage 1",
 ]  # fmt: skip
 
 
@@ -407,7 +407,8 @@ def document() -> str:
         "seeds 1 to 5, the same 900 unmentioned pairs for all. Arms stand at the top of "
         "`benchmarks/ablations.py`, the rule of the verdicts at the top of "
         "`benchmarks/verdicts.py`; both were written before the runs. Points are percentage points "
-        "of change. A claim about the full size is not decided by a toy.",
+        "of change. A claim about the full size is not decided by a toy. Where a claim names "
+        "several arms, its effect is their mean; each arm stands in the claim's table.",
         "",
         *summary(),
         "",

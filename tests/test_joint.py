@@ -179,6 +179,16 @@ def test_the_plan_names_each_part(capsys):
     assert "denoiser (flow)" in said and "denoiser (perceiver)" in said
 
 
+def test_curves_of_a_joint_run_show_each_part(joint):
+    pytest.importorskip("matplotlib")
+    from training import curves
+
+    runs = curves.read_runs([str(joint)])
+    assert list(runs) == ["straight/flow", "straight/perceiver", "straight"]
+    assert set(runs["straight/flow"]) == {1} and set(runs["straight"]) == {2}
+    assert len(curves.draw(runs).axes) > 10
+
+
 # -- settings ------------------------------------------------------------------------------------
 def test_each_part_has_its_own_presets_numbers():
     flow, perceiver = parts(Settings.of("toy", denoiser="flow+perceiver"))
@@ -214,6 +224,8 @@ def test_beside_flux_the_perceiver_alone_is_told_its_width():
         ("--denoiser flow+perceiver --loss_weights 1,x", "expected 2 numbers"),
         ("--denoiser flow+perceiver --loss_weights 0,0", "not all 0, like 1,0.2"),
         ("--loss_weights 1", "would do nothing with one denoiser"),
+        ("--denoiser flow+perceiver --stage1_steps 1400", "perceiver alone has 3000"),
+        ("--denoiser flow+perceiver --batch 48", "flow alone has 64"),
         ("--denoiser perceiver+perceiver", "flow+perceiver"),
         ("--denoiser flow+perceiver --stage1_from runs/a", "one run for each"),
         ("--denoiser flow+perceiver --stage1_from none/a,none/b", "holds no checkpoint"),

@@ -39,10 +39,17 @@ Columns = dict[int, dict[str, list]]
 def read_runs(runs: Sequence[str]) -> dict[str, Columns]:
     """What pictures call each run → its columns.
 
+    Several denoisers have had their stages 1 in folders of their own inside the run: these are
+    drawn as runs, too.
+
     Raises: FileNotFoundError for a folder without metrics.jsonl, ValueError for one in which
         nothing is logged yet, or which is named twice.
     """
-    names = [Path(run).resolve().name for run in runs]
+    inside = {run: sorted(f.parent for f in Path(run).glob("*/metrics.jsonl")) for run in runs}
+    of_parts = {str(part): f"{Path(run).resolve().name}/{part.name}"
+                for run, found in inside.items() for part in found}  # fmt: skip
+    runs = [*of_parts, *runs]
+    names = [of_parts.get(run, Path(run).resolve().name) for run in runs]
     if len(set(names)) < len(names):
         names = [str(Path(run)) for run in runs]  # two runs of one name, in different folders
     if len(set(names)) < len(names):
