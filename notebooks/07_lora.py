@@ -382,7 +382,7 @@ temporary.cleanup()
 # %%
 ARMS = {
     "toy_seeds": "continuous, λ = 0.02",
-    "perceiver": "discrete, λ = 0.1",
+    "perceiver": "discrete, λ = 0.15",
     "lambda0": "continuous, λ = 0",
     "perceiver_lambda0": "discrete, λ = 0",
 }
