@@ -491,6 +491,7 @@ def settings_of_run(run: str | Path) -> Settings:
         for stage in sorted(stages):
             given |= stages[stage]["settings"]
         # One stage by itself is what the command was asked for, not what the run is.
-        return Settings(**{**given, "stage": "both", "plan": False})
+        whole = {**usual(given["preset"], given["denoiser"]), **given}
+        return Settings(**{**whole, "stage": "both", "plan": False})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is of another version of this project ({error})") from None

@@ -12,7 +12,7 @@ from test_distributed import torchrun
 from tiny_runs import PERCEIVER, TINY, equal, metrics, parts_in, tensors, train_here
 
 import train
-from settings import Settings, parts
+from settings import Settings, of_stage, parts, settings_of_run
 from toy.world import ToyScenes
 from training import assemble
 from training import checkpoints as ckpt
@@ -235,6 +235,14 @@ def test_refusals(flags, words, tmp_path):
     done = train_here(tmp_path, "x", *shlex.split(flags), tiny=[])
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_a_joint_run_of_the_presets_own_numbers_is_read_back(tmp_path):
+    """Of such a run, config.json holds stage 2's settings alone: no flag given by hand."""
+    both = Settings.of("toy", denoiser="flow+perceiver", seed=3)
+    stages = {"2": {"settings": of_stage(both, 2)}}
+    (tmp_path / "config.json").write_text(json.dumps({"stages": stages}))
+    assert settings_of_run(tmp_path) == both
 
 
 def test_a_stage_1_of_another_seed_or_shape_is_refused(joint, tmp_path):
