@@ -42,9 +42,9 @@ def measure(model: GenHancer, images: torch.Tensor, hidden: float) -> dict[str, 
         for whose, features in (("true", cached["original"]), ("other", of_another)):
             result = model(batch, draws, {**cached, "original": features})
             for key in ("per_image", "accuracy"):
-                if key in result:
-                    where = f"{key} {whose}"
-                    sums[where] = sums.get(where, 0.0) + float(result[key].sum())
+                found, where = result.get(f"{model.paradigm.name}.{key}"), f"{key} {whose}"
+                if found is not None:
+                    sums[where] = sums.get(where, 0.0) + float(found.sum())
     return {where: value / len(images) for where, value in sums.items()}
 
 

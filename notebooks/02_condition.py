@@ -346,7 +346,7 @@ for result in (json.loads(f.read_text()) for f in sorted((ROOT / "benchmarks").g
     given = result.get("command", "").partition("--flags=")[2].strip('"')
     flags = dict(re.findall(r"--(\w+)(?: (?!--)(\S+))?", given))
     denoiser, ratio = flags.pop("denoiser", "flow"), float(flags.pop("local_ratio", 0))
-    if "unmentioned" in result and not flags.keys() - {"stage1_from"}:
+    if "unmentioned" in result and denoiser in arms and not flags.keys() - {"stage1_from"}:
         row = next(r for r in result["unmentioned"]["rows"] if r["pattern"] == "Average")
         change = np.array(row["after"]) - row["before"]
         arms[denoiser][ratio] = dict(zip(result["seeds"], change, strict=True))
