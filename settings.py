@@ -491,7 +491,8 @@ def settings_of_run(run: str | Path) -> Settings:
         for stage in sorted(stages):
             given |= stages[stage]["settings"]
         # One stage by itself is what the command was asked for, not what the run is.
-        whole = {**usual(given["preset"], given["denoiser"]), **given}
+        which = given.get("preset", "toy"), given.get("denoiser", "flow")
+        whole = {**usual(*which), **given}
         return Settings(**{**whole, "stage": "both", "plan": False})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is of another version of this project ({error})") from None

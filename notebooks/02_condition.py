@@ -297,6 +297,7 @@ def pushes(student):
     return [None if g is None else float(g.norm()) for g in found]
 
 
+# %%
 push = {r: pushes(student) for r, student in students.items()}
 for r, (at_cls, at_patches) in push.items():
     beside = "none" if at_patches is None else f"{at_patches:.5f}"

@@ -94,7 +94,7 @@ def test_three_steps_of_both_stages_on_a_foreign_vae(plugged_in):
         found = list(train_steps(model, ToyScenes(16, seed=1), 3, stage, settings))
         assert len(found) == 3 and all(0 < m["loss"] < 100 for m in found)
         assert all(m["gradient_norm"] > 0 for m in found)
-    assert model.architecture()["tokenizer"]["latent_channels"] == 4
+    assert model.architecture()["flow"]["tokenizer"]["latent_channels"] == 4
 
 
 def test_a_script_of_ones_own_is_train_py_with_another_vae(diffusers_vae, tmp_path):
