@@ -224,6 +224,9 @@ def main() -> None:
         if not (RECORDS / "original.json").is_file():
             script = [sys.executable, "benchmarks/evidence.py", "--arm", "original"]
             call(script, Path(args.runs) / "log.txt")
+        heavy = any("--flux" in ARMS[arm].flags for arm, _ in todo)
+        if heavy and not (ROOT / "runs" / "heavy_denoiser" / "denoiser.safetensors").is_file():
+            call([sys.executable, "benchmarks/heavy_denoiser.py"], Path(args.runs) / "log.txt")
         with ThreadPoolExecutor(args.workers) as pool:
             list(pool.map(lambda job: runner.job(*job), todo))
     from verdicts import write_verdicts

@@ -26,6 +26,7 @@ from training.assemble import load_run
 from util.cli import run_command
 
 CHUNK = 300  # pictures at once
+TOKENIZERS = {"flow": "VAE", "perceiver": "VQ-GAN"}
 
 
 def through(model: GenHancer, items: list[Item]) -> dict[str, tuple[list[Item], float]]:
@@ -63,18 +64,18 @@ def main() -> None:
     flags.add_argument("--name", default="ceiling")
     args = flags.parse_args()
     runs = args.run or ["runs/toy", "runs/toy-perceiver"]
+    denoisers = [settings_of_run(run).denoiser for run in runs]
+    if len(set(denoisers)) < len(runs) or not set(denoisers) <= TOKENIZERS.keys():
+        raise ValueError(f"--run: expected one run of each of {', '.join(TOKENIZERS)}")
     [judge] = load_encoders([str(TOY_DIR / "clip.safetensors")], CPU)
     sides = {"mentioned": True, "unmentioned": False}
     asked = {side: pairs(told, args.pairs, seed=0) for side, told in sides.items()}
     found = {"original": {side: by_pattern(judge, items) for side, items in asked.items()}}
-    for run in runs:
+    for run, denoiser in zip(runs, denoisers, strict=True):
         _, model = load_run(run, stage=1)
-        denoiser = settings_of_run(run).denoiser
         for side, items in asked.items():
             for way, (changed, decibel) in through(model, items).items():
-                label = (
-                    f"{'VAE' if denoiser == 'flow' else 'VQ-GAN'}" if way == "kept" else denoiser
-                )
+                label = TOKENIZERS[denoiser] if way == "kept" else denoiser
                 row = found.setdefault(label, {})
                 row[side] = by_pattern(judge, changed) | {"psnr": decibel}
 

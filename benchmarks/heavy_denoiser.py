@@ -3,8 +3,9 @@
     python benchmarks/heavy_denoiser.py        → runs/heavy_denoiser/denoiser.safetensors
 
 FLUX.1 was pretrained to draw what a text says; GenHancer's stage 1 then teaches projectors alone to
-speak its language. Here the text is a caption that names all nine attributes of a scene, and its
-feature from the toy CLIP's text tower is both of the denoiser's conditions. The file has FLUX's
+speak its language. Here the text is nine statements, one for each attribute of a scene (the toy's
+text tower reads no more than 14 words at once), and the mean of their features is both of the
+denoiser's conditions. The file has FLUX's
 tensor names, so ``train.py --flux FILE`` reads it as it reads FLUX's own. Writes
 benchmarks/heavy_denoiser.json and heavy_denoiser.md: size, steps, loss on scenes never seen.
 """
@@ -47,21 +48,24 @@ CONFIG = FlowDenoiserConfig(
 
 @torch.no_grad()
 def look(vae: VAE, encoder: Encoder, scenes: ToyScenes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (N, C, h, w) of all scenes, and the features (N, d) of their full captions."""
-    latents, captions = [], []
+    """Latents (N, C, h, w) of all scenes, and the mean features (N, d) of their statements."""
+    latents, said = [], []
     for start in range(0, len(scenes), 256):
         drawn = [scenes.scene(i) for i in range(start, min(start + 256, len(scenes)))]
         images = torch.stack([to_tensor(pixels) for _, pixels in drawn])
         latents.append(vae.latents(*vae.moments(images * 2 - 1), None))
-        captions += [TEMPLATE.format(phrase(scene, PATTERNS)) for scene, _ in drawn]
-    return torch.cat(latents), encoder.texts(captions)
+        said += [[TEMPLATE.format(phrase(scene, [p])) for p in PATTERNS] for scene, _ in drawn]
+    different = sorted({text for texts in said for text in texts})  # 192: each is read once
+    feature = dict(zip(different, encoder.texts(different), strict=True))
+    means = torch.stack([torch.stack([feature[text] for text in texts]).mean(0) for texts in said])
+    return torch.cat(latents), means
 
 
 def loss_of(denoiser: FlowDenoiser, data: torch.Tensor, text: torch.Tensor, dice) -> torch.Tensor:
-    """Eq. (3) of a batch, told its text. data (B, C, h, w), text (B, d): a unit vector each."""
+    """Eq. (3) of a batch, told its text. data (B, C, h, w), text (B, d)."""
     t = sample_timesteps(len(data), "logit-normal", 1.0, dice)
     x_t, velocity = straight_path(data, torch.randn(data.shape, generator=dice), t)
-    told = text * math.sqrt(text.shape[1])  # numbers of size 1
+    told = text * math.sqrt(text.shape[1])  # numbers of about size 1
     return flow_matching_loss(denoiser(x_t, t, told[:, None], told), velocity).mean()
 
 
