@@ -168,6 +168,10 @@ class Runner:
             whence = ",".join(str(run_of(s, seed, self.runs)) for s in sources.split(","))
             flags += ["--stage1_from", whence]
         where = ["--runs", str(self.runs), "--name", run.name, "--seed", str(seed)]
+        if "--local_ratio" not in flags:  # such arms look at the scenes all the time
+            # What the frozen networks make of a seed's scenes is the same for all arms, bit by bit.
+            kind = flags[flags.index("--denoiser") + 1] if "--denoiser" in flags else "flow"
+            where += ["--cache", str(self.runs / f"features-{kind}-{seed}")]
         call([sys.executable, "train.py", *where, *flags, *more], run / "log.txt")
 
     def lock(self, arm: str, seed: int) -> Lock:
