@@ -1,6 +1,7 @@
 # make demo   both stages on the toy world with both denoisers, the before/after table and the pictures
 #             (minutes on 2 CPU cores; fewer steps than `python train.py` takes, so that two runs fit)
 # make test   every test
+# make storm  runs killed, disks failing, inputs lying: hundreds of each; writes docs/RELIABILITY.md
 # make notebooks   execute all notebooks and write them with their outputs
 # All work in a fresh clone: they make .venv and install what they need into it.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-flow demo-perceiver test notebooks clean
+.PHONY: demo demo-flow demo-perceiver test storm notebooks clean
 
 # Both trainings at once, a core each: two cores on one of them would wait for each other at every
 # product, and for a busy neighbour.
@@ -27,6 +28,10 @@ demo-perceiver:
 test: $(VENV)/.test
 	$(PY) -m ruff check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+# Half an hour on two cores.
+storm: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(PY) -m tests.storm.storm
 
 notebooks: $(VENV)/.notebooks
 	$(PY) notebooks/build.py
