@@ -460,6 +460,7 @@ class CachedPictures(Dataset):
     """
 
     def __init__(self, dataset: Dataset, encode, progress=lambda chunks: chunks, chunk: int = 256):
+        self.pictures = dataset
         self.names, images, parts = [], [], []
         self.unreadable: list[list[str]] = []
         for start in progress(range(0, len(dataset), chunk)):

@@ -90,6 +90,8 @@ from training import assemble, runlog
 from training import checkpoints as ckpt
 from training.assemble import seed_of
 from training.enhanced import write_enhanced
+from training.feature_cache import which
+from training.lock import sole_writer
 from training.process import (
     Process,
     accumulating,
@@ -183,7 +185,7 @@ def run_stage(
 
     The two stages share every line; they differ in who requires a gradient.
     """
-    stage = begin_or_resume(number, model, len(dataset), settings, process)
+    stage = begin_or_resume(number, model, dataset, settings, process)
     if settings.tensorboard and process.is_main:
         stage.board = runlog.open_board(stage.folder.parent, number, stage.done)
     steps, first, started = settings.steps(number), stage.done, time.time()
@@ -254,6 +256,7 @@ def write_line(stage: Stage, lr: float, speed: float) -> None:
         "unreadable": len(stage.unreadable),
     }
     stage.window = runlog.Window(stage.model, stage.process)
+    stage.lines += 1
     if stage.process.is_main:
         runlog.append_metrics(stage.folder.parent / "metrics.jsonl", line, stage.board)
 
@@ -304,23 +307,31 @@ def main(settings: Settings) -> None:
             if process.is_main:
                 print(line)
             return
-        # What can be refused comes first: the pictures, then the models, then what they make of
-        # the pictures.
-        check_switches(settings, process)
-        pictures = assemble.find_data(settings, process)  # no captions
-        check_run(settings, len(pictures))
-        _, model = assemble.build_model(settings, process)
-        assemble.warn_of_toy_tokenizer(settings, model, pictures, process)
-        dataset = assemble.hold(pictures, model, settings, process)
-        del model  # each stage starts from a fresh one, and reads what the one before it left
-        for job, number in jobs_of(settings):
-            _, model = assemble.build_model(job, process)
-            run_stage(number, model, dataset, job, process)
-            del model  # with its gradients, moments and hooks
-        if 2 in stages_of(settings) and process.is_main:
-            run = run_directory(settings)
-            write_enhanced(*assemble.load_run(run), settings, run)
-            print(f"enhanced model: {run / 'enhanced'}")
+        with sole_writer(run_directory(settings), process):
+            train(settings, process)
+
+
+def train(settings: Settings, process: Process) -> None:
+    """The stages that are asked for, and the enhanced model.
+
+    What can be refused comes first: the pictures, then the models, then what they make of the
+    pictures.
+    """
+    check_switches(settings, process)
+    pictures = assemble.find_data(settings, process)  # no captions
+    check_run(settings, which(pictures))
+    _, model = assemble.build_model(settings, process)
+    assemble.warn_of_toy_tokenizer(settings, model, pictures, process)
+    dataset = assemble.hold(pictures, model, settings, process)
+    del model  # each stage starts from a fresh one, and reads what the one before it left
+    for job, number in jobs_of(settings):
+        _, model = assemble.build_model(job, process)
+        run_stage(number, model, dataset, job, process)
+        del model  # with its gradients, moments and hooks
+    if 2 in stages_of(settings) and process.is_main:
+        run = run_directory(settings)
+        write_enhanced(*assemble.load_run(run), settings, run)
+        print(f"enhanced model: {run / 'enhanced'}")
 
 
 if __name__ == "__main__":

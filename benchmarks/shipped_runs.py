@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from settings import notes_of
 from training.assemble import fingerprints_of, load_run
-from training.checkpoints import checkpoints_in
+from training.preflight import checkpoints_in, read_state
 from util.cli import run_command
 from util.files import save_tensors, write_atomically
+from util.sealed import hash_of, seal
 
 PATHS = ("name", "runs", "clip", "vae", "vqgan")  # without them, the preset's own
 
@@ -35,8 +36,7 @@ def ship(run: Path, target: Path) -> None:
         halves = {k: v.half() for k, v in load_file(newest / "trained.safetensors").items()}
         assert all(torch.isfinite(tensor).all() for tensor in halves.values())
         save_tensors(halves, target / stage / newest.name / "trained.safetensors")
-        state = json.loads((newest / "state.json").read_text())
-        write_atomically(target / stage / newest.name / "state.json", json.dumps(state))
+        write_state(target / stage / newest.name, read_state(newest))
     stages = json.loads((run / "config.json").read_text())["stages"]
     for about in stages.values():
         for name in PATHS:
@@ -47,9 +47,15 @@ def ship(run: Path, target: Path) -> None:
     # Halves are other numbers, with other fingerprints: stage 2 now stands on them.
     _, model = load_run(target, stage=1)
     state_file = next(target.glob("stage2/*/state.json"))
-    state = json.loads(state_file.read_text())
-    state["fingerprints"] = fingerprints_of(model, stage=2)
-    write_atomically(state_file, json.dumps(state))
+    state = read_state(state_file.parent)
+    write_state(state_file.parent, {**state, "fingerprints": fingerprints_of(model, stage=2)})
+
+
+def write_state(checkpoint: Path, state: dict) -> None:
+    """state.json of a checkpoint that has its weights alone."""
+    name = "trained.safetensors"
+    files = {name: hash_of(checkpoint / name)}
+    write_atomically(checkpoint / "state.json", seal({**state, "files": files}))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,15 +1,21 @@
 """checkpoints.py: whole or not at all, the newest kept, damage named, nothing unpickled."""
 
+import errno
+import json
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from training import checkpoints as ckpt
-from training.preflight import differences, read_state, require_same
+from training.preflight import differences, newest_sound, read_state, require_same, verify
 from util.files import fingerprint
+from util.sealed import hash_of
+
+FILES = ("trained", "moments")
 
 
 def save(folder, step, keep=2, value=0.0):
@@ -23,25 +29,81 @@ def test_round_trip_and_rotation(tmp_path):
         save(tmp_path, step, value=float(step))
     assert [p.name for p in ckpt.checkpoints_in(tmp_path)] == ["step_00000002", "step_00000010"]
     newest = ckpt.checkpoints_in(tmp_path)[-1]
-    assert read_state(newest) == {"step": 10, "settings": {}}
+    state = read_state(newest)
+    files = state.pop("files")
+    assert state == {"step": 10, "settings": {}}
+    assert files == {f"{n}.safetensors": hash_of(newest / f"{n}.safetensors") for n in FILES}
     assert torch.equal(
         load_file(newest / "trained.safetensors")["weight"], torch.full((2, 2), 10.0)
     )
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, call):
     save(tmp_path, 1)
 
     def fail(*args, **kwargs):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ckpt, "flush", fail)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(ckpt.os, call, fail)
+    line = r"step_00000002 could not be written \(No space .*\): it takes some kB|it takes \d+ kB"
+    with pytest.raises(OSError, match=line):
         save(tmp_path, 2)
     monkeypatch.undo()
-    assert [p.name for p in ckpt.checkpoints_in(tmp_path)] == ["step_00000001"]
-    save(tmp_path, 3)
-    assert not list(tmp_path.glob("tmp_*")), "leftovers of the failed write are swept away"
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"], "nothing is left behind"
+
+
+def test_a_run_whose_folder_was_removed_notices(tmp_path):
+    """It does not make the folder again, for a checkpoint without config and metrics."""
+    with pytest.raises(OSError, match="step_00000001 could not be written"):
+        save(tmp_path / "gone" / "stage1", 1)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_what_is_not_finite_is_no_checkpoint(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"not finite any more \(trained\): no checkpoint"):
+        save(tmp_path, 2, value=float("nan"))
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("file", ["trained.safetensors", "moments.safetensors", "state.json"])
+def test_every_flipped_bit_is_noticed(tmp_path, file):
+    """And the checkpoint before is the newest sound one. (An indentation of state.json says
+    nothing.)"""
+    save(tmp_path, 1)
+    whole = save(tmp_path, 2)
+    sound = (whole / file).read_bytes()
+    for at in np.random.default_rng(0).integers(0, 8 * len(sound), 60):
+        data = bytearray(sound)
+        data[at // 8] ^= 1 << at % 8
+        if file == "state.json" and bytes(data).split() == sound.split():
+            continue
+        (whole / file).write_bytes(data)
+        found, problems = newest_sound(tmp_path, verify)
+        harmless = file == "state.json" and same_json(data, sound)
+        assert harmless or found.name == "step_00000001", f"bit {at}"
+        assert harmless or str(whole) in problems[0] and file in problems[0]
+
+
+def same_json(data, sound):
+    try:
+        return json.loads(data) == json.loads(sound)
+    except ValueError:
+        return False
+
+
+def test_without_a_sound_checkpoint_there_is_no_start(tmp_path):
+    (save(tmp_path, 1) / "trained.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="trained.safetensors is not what was written.*no other"):
+        newest_sound(tmp_path, verify)
+    assert newest_sound(tmp_path / "empty", verify) == (None, [])
+
+
+def test_a_checkpoint_is_of_the_step_that_its_folder_says(tmp_path):
+    save(tmp_path, 1).rename(tmp_path / "step_00000009")
+    with pytest.raises(ValueError, match="it is of step 1"):
+        read_state(tmp_path / "step_00000009")
 
 
 def test_a_half_written_folder_is_no_checkpoint(tmp_path):
@@ -126,6 +188,7 @@ def test_restore_names_what_does_not_fit(tmp_path):
         ({"weight": torch.ones(2, 2)}, r"weight has the shape \(2, 2\), expected \(3, 2\)"),
         ({"weight": torch.ones(3, 2), "more": torch.ones(1)}, "this model has no more"),
         ({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, "this model has no bias"),
+        ({"weight": torch.ones(3, 2).double()}, "weight holds torch.float64, expected"),
     ):
         with pytest.raises(ValueError, match=message):
             ckpt.restore(module, checkpoint(**tensors))

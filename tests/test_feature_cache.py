@@ -210,7 +210,7 @@ def test_another_model_or_other_pictures_are_refused(tmp_path, make_genhancer, s
     refused("records .log_variance", cache_dtype="fp16")
     refused("records .log_variance", model=make_genhancer(sample_posterior=False))
     refused("perceiver.tokenizer", model=make_genhancer("perceiver"))
-    refused("pictures .count: 20 → 19", pictures_in(photos(tmp_path / "fewer", 19)))
+    refused("pictures .images: 20 → 19", pictures_in(photos(tmp_path / "fewer", 19)))
     (tmp_path / "fewer" / "other.png").write_bytes((tmp_path / "photos" / "00.png").read_bytes())
     refused("pictures .names", pictures_in(tmp_path / "fewer"))
     assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}

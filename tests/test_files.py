@@ -1,6 +1,8 @@
 """util/files.py: whole or absent, and readable for whom the user's umask says."""
 
+import errno
 import os
+import re
 import stat
 import threading
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from training.checkpoints import save_checkpoint
 from util import files
+from util.sealed import seal, unseal
 
 
 @pytest.fixture
@@ -106,3 +109,60 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         files.write_atomically(tmp_path / "x.json", "new")
     assert torch.equal(load_file(path)["x"], torch.ones(3))
     assert (tmp_path / "x.json").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2, "nothing is left behind"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, number):
+    """What, where, how much it takes and how much is free."""
+
+    def full(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError) as caught:
+        files.save_tensors({"x": torch.zeros(500_000)}, tmp_path / "x.safetensors")
+    line = rf"{tmp_path}/x.safetensors could not be written \({os.strerror(number)}\): it takes "
+    assert re.match(line + r"2\.0 MB, [\d.]+ [GM]B are free there; once that", str(caught.value))
+
+
+def test_a_real_full_disk_and_a_missing_folder(tmp_path):
+    """/dev/full says on every write that it is full."""
+    with pytest.raises(OSError, match="No space"), open("/dev/full", "wb") as file:
+        files.stream_tensors({"x": torch.zeros(9000)}, file)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="x.json could not be written"):
+        files.write_atomically(tmp_path / "file" / "x.json", "{}")
+
+
+def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path):
+    dead = tmp_path / "sub" / "x.json.0123abcd.tmp"
+    dead.parent.mkdir()
+    dead.write_text("half")
+    other = tmp_path / "notes.tmp"
+    other.write_text("somebody's")
+    with files.replacing(tmp_path / "y.json") as file:
+        file.write(b"{}")
+        files.sweep(tmp_path)
+        assert not dead.exists() and other.exists()
+    assert (tmp_path / "y.json").read_text() == "{}"
+
+
+def test_every_type_of_numbers_comes_back(tmp_path):
+    """As safetensors itself reads them; scalars and empty tensors too."""
+    tensors = {str(kind): torch.ones(3, 2).to(kind) for kind in files.TYPES}
+    tensors |= {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 3)}
+    files.save_tensors(tensors, tmp_path / "x.safetensors")
+    again = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(again[k], t) and again[k].dtype == t.dtype for k, t in tensors.items())
+    assert again.keys() == tensors.keys()
+
+
+# -- JSON with its own hash ----------------------------------------------------------------------
+def test_sealed_json_notices_what_became_of_it():
+    about = {"a": [1, 2.5, None], "b": {"c": "Ω\udcff"}}
+    text = seal(about)
+    assert unseal(text) == about and unseal(text.replace("\n", "")) == about
+    for damaged in (text.replace("2.5", "2.6"), text.replace('"a"', '"A"'), "{}", "[]", "{"):
+        with pytest.raises(ValueError):
+            unseal(damaged)

@@ -28,7 +28,7 @@ from toy.world import IMAGE_SIZE as TOY_SIZE
 from toy.world import ToyScenes
 from training import checkpoints as ckpt
 from training import feature_cache, speed
-from training.preflight import read_state, require_same
+from training.preflight import newest_in, read_state, require_same, verify
 from training.process import Process, start_process, union_over_ranks, wait_for_slowest
 from training.shards import ShardIndex, is_shard_pattern
 from util.files import fingerprint
@@ -177,13 +177,14 @@ def put_back(model: GenHancer, run: Path, stage: int, names: tuple[str, ...] = (
     Raises: FileNotFoundError where there is none; ValueError for one that was trained beside other
         parts: another CLIP, tokenizer or stage 1 would load, and be wrong.
     """
-    found = ckpt.checkpoints_in(run / f"stage{stage}")
+    found = newest_in(run / f"stage{stage}")
     if not found:
         raise FileNotFoundError(f"run {run}: no checkpoint in {run / f'stage{stage}'}")
+    verify(found)
     mine = {"fingerprints": fingerprints_of(model, stage, *names)}
-    message = f"{found[-1]} was trained beside other parts ({{what}}: {{difference}})"
-    require_same(read_state(found[-1]), mine, message)
-    ckpt.restore(model, found[-1])
+    message = f"{found} was trained beside other parts ({{what}}: {{difference}})"
+    require_same(read_state(found), mine, message)
+    ckpt.restore(model, found)
 
 
 def fingerprints_of(model: GenHancer, stage: int, *names: str) -> dict[str, str]:

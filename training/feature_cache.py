@@ -54,11 +54,12 @@ from training.preflight import require_same
 from training.process import Process, agreed, union_over_ranks, wait_for_slowest
 from util.files import fingerprint, write_atomically
 
-LAYOUT = 1  # of files and records; raise it when they change
+LAYOUT = 2  # of files and records; raise it when they change
 # Pictures per file: few enough to lose little in a kill and to deal out evenly, many enough that
 # CC3M's are some hundred files.
 SMALLEST, LARGEST, FILES = 256, 8192, 64
 OPEN = 256  # files that a process keeps open; most systems allow it 1024
+MANY_NAMES, WHOLE = 300_000, 64  # names and pictures that tell a data set from another
 PATIENCE = 30.0  # seconds until what one machine wrote must be seen by another
 
 
@@ -303,26 +304,34 @@ def whose(cache: FeatureCache, model: GenHancer, settings: Settings) -> dict:
     types = {name: str(cache.record[name]) for name in cache.record.names}
     return {
         **{k: {"weights": fingerprint(part), **about} for k, (part, about) in parts.items()},
-        "pictures": {"count": len(cache), "names": names_of(cache.pictures), **crops},
+        "pictures": {**which(cache), **crops},
         "records": types,
         "layout": {"version": LAYOUT, "per_file": cache.per_file, "at_once": cache.at_once},
     }
 
 
-def names_of(pictures: Dataset) -> str:
-    """A hash that tells a list of pictures from another: of the names, or of where they lie in tar
-    shards. From 300 000 on, of so many spread over the list; all of CC3M's would take seconds."""
+def which(pictures: Dataset) -> dict:
+    """Tells a data set from another: how many "images", and a hash of their "names" (or of where
+    they lie in tar shards) and of a few of them whole.
+
+    Of very many names some are taken, spread over the list; all of CC3M's would take seconds.
+    """
+    pictures = getattr(pictures, "pictures", pictures)  # those that a cache is of
     source, digest = getattr(pictures, "source", None), sha256()
     if source is None:  # toy scenes follow from the seed
-        return type(pictures).__name__
+        return {"images": len(pictures), "names": type(pictures).__name__}
     if hasattr(source, "shards"):
-        digest.update("\0".join(shard.name for shard in source.shards).encode())
+        digest.update("\0".join(shard.name for shard in source.shards).encode("utf-8", "replace"))
         digest.update(np.ascontiguousarray(source.offset).tobytes())
     else:
-        for index in range(0, len(source), 1 + len(source) // 300_000):
+        for index in range(0, len(source), 1 + len(source) // MANY_NAMES):
             name = Path(source.name(index)).name  # the folder may have moved
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()[:16]
+    for index in range(0, len(source), 1 + len(source) // WHOLE):
+        # What cannot be read may be readable tomorrow, on a network disk: it counts as absent.
+        with contextlib.suppress(OSError):
+            digest.update(sha256(source.read(index)).digest())
+    return {"images": len(pictures), "names": digest.hexdigest()[:16]}
 
 
 def claim(folder: Path, mine: dict, process: Process) -> None:

@@ -9,9 +9,11 @@ there: see `begin_or_resume` in training/stages.py.
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 from settings import Settings, parts, relevant, run_directory, stage1_runs
+from util.sealed import hash_of, unseal
 
 
 # ------------------------------------------------------------------------------------------------
@@ -19,18 +21,55 @@ from settings import Settings, parts, relevant, run_directory, stage1_runs
 # ------------------------------------------------------------------------------------------------
 def checkpoints_in(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if (p / "state.json").is_file())
+    named = (p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name))
+    return sorted(p for p in named if (p / "state.json").is_file())
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The JSON of a checkpoint. Raises: ValueError where it is not one."""
+    """The JSON of a checkpoint. Raises: ValueError where it is not what was written there."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        if missing := {"step", "settings"} - state.keys():
+        state = unseal((checkpoint / "state.json").read_text(encoding="utf-8"))
+        if missing := {"step", "settings", "files"} - state.keys():
             raise ValueError(f"it has no {min(missing)}")
+        if checkpoint.name != f"step_{state['step']:08d}":
+            raise ValueError(f"it is of step {state['step']}")
         return state
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {checkpoint}: state.json cannot be read ({error})") from None
+
+
+def verify(checkpoint: Path) -> None:
+    """Read all of a checkpoint. Raises: ValueError naming the file that is not what was written."""
+    for name, written in read_state(checkpoint)["files"].items():
+        try:
+            found = hash_of(checkpoint / name)
+        except OSError as error:
+            raise ValueError(f"checkpoint {checkpoint}: {name}: {error.strerror}") from None
+        if found != written:
+            raise ValueError(f"checkpoint {checkpoint}: {name} is not what was written there")
+
+
+def newest_sound(folder: Path, check=read_state) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that passes `check`, and what is wrong with those after it. A damaged
+    one costs the steps since the one before, not the run.
+
+    Raises: ValueError where there are checkpoints, and not one of them is sound.
+    """
+    problems: list[str] = []
+    for checkpoint in reversed(checkpoints_in(folder)):
+        try:
+            check(checkpoint)
+            return checkpoint, problems
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(f"{problems[0]}; {folder} has no other: delete it to start afresh")
+    return None, problems
+
+
+def newest_in(folder: Path) -> Path | None:
+    """The newest checkpoint whose state.json is sound."""
+    return newest_sound(folder)[0]
 
 
 def require_same(old: dict, new: dict, message: str) -> None:
@@ -136,10 +175,11 @@ def check_files(settings: Settings) -> None:
         raise FileNotFoundError(f"--clip: weights file {clip} is missing")
 
 
-def check_run(settings: Settings, pictures: int | None = None) -> None:
+def check_run(settings: Settings, pictures: dict | None = None) -> None:
     """What the run folder holds already must be what these settings would have written.
 
-    Args: pictures: how many there are, once they have been listed.
+    Args: pictures: how many there are and a hash of which ("images", "names"), once they have
+        been listed.
     """
     run = run_directory(settings)
     if not Path(settings.runs).is_dir() and Path(settings.runs).exists():
@@ -149,8 +189,8 @@ def check_run(settings: Settings, pictures: int | None = None) -> None:
     first = list(zip(parts(settings), stage1_runs(settings), strict=True))
     if 1 in stages_of(settings) and checkpoints_in(run / "stage2"):
         for part, own in first:
-            found = checkpoints_in(own / "stage1")
-            step = read_state(found[-1])["step"] if found else 0
+            found = newest_in(own / "stage1")
+            step = read_state(found)["step"] if found else 0
             if step < part.stage1_steps:
                 raise ValueError(
                     f"{run / 'stage2'} began from a stage 1 of {step} steps: {part.stage1_steps} "
@@ -158,45 +198,55 @@ def check_run(settings: Settings, pictures: int | None = None) -> None:
                 )
     if 1 not in stages_of(settings) and not settings.end_to_end:
         for part, own in first:
-            check_stage1(part, own / "stage1")
+            check_stage1(part, own)
 
 
-def check_checkpoint(settings: Settings, number: int, pictures: int | None) -> None:
+def check_checkpoint(settings: Settings, number: int, pictures: dict | None) -> None:
     """Of one stage: `check_run` asks this of each."""
     folder = run_directory(settings) / f"stage{number}"
-    if found := checkpoints_in(folder):
-        old, mine = dict(read_state(found[-1])["settings"]), relevant(settings, number)
+    if found := newest_in(folder):
+        old, mine = dict(read_state(found)["settings"]), relevant(settings, number)
         if pictures is None:
-            old.pop("images", None)
+            old = {name: value for name, value in old.items() if name not in ("images", "names")}
         else:
-            mine["images"] = pictures
+            mine |= pictures
         # The denoiser first: another one differs in a dozen settings that follow from it.
         for names in ({"denoiser"}, old.keys() | mine.keys()):
             pair = ({"settings": {n: s.get(n) for n in names}} for s in (old, mine))
             require_same(*pair, other_run(folder))
 
 
-def check_stage1(settings: Settings, folder: Path) -> None:
-    """What stage 2 is to start from: a stage 1 that exists, of the same shape."""
-    if not checkpoints_in(folder):
+def check_stage1(settings: Settings, run: Path) -> None:
+    """What stage 2 is to start from: a stage 1 that exists, came to its end, and has the same
+    shape."""
+    newest = newest_in(run / "stage1")
+    if not newest:
         raise ValueError(
-            f"stage 2 needs stage 1, and {folder} holds no checkpoint: run --stage 1 first, or "
-            "name a run that has one with --stage1_from"
+            f"stage 2 needs stage 1, and {run / 'stage1'} holds no checkpoint: run --stage 1 "
+            "first, or name a run that has one with --stage1_from"
         )
     # What shapes projectors and denoiser: stage 2 takes over stage 1's.
-    newest = checkpoints_in(folder)[-1]
     shape = {n: v for n, v in relevant(settings, 1).items() if n in SHAPE}
-    old = {n: read_state(newest)["settings"].get(n) for n in shape}
+    state = read_state(newest)
+    old = {n: state["settings"].get(n) for n in shape}
     message = f"stage 1 in {newest} had other {{what}} ({{difference}}): give the same flags"
     require_same({"settings": old}, {"settings": shape}, message)
+    # A denoiser that was stopped half-way teaches something, and nobody would notice. Whoever wants
+    # it says how long its stage 1 was to last.
+    step, whole = state["step"], min(state["steps"], settings.stage1_steps)
+    if step < whole:
+        raise ValueError(
+            f"stage 1 in {run} has come to step {step} of {state['steps']}: let it end (--stage 1, "
+            f"with the flags it was started with), or take it as it is with --stage1_steps {step}"
+        )
 
 
 def finished(settings: Settings) -> str:
     """A line that says so, where nothing is left to do; else ""."""
     run, said = run_directory(settings), []
     for job, number in jobs_of(settings):
-        found = checkpoints_in(run_directory(job) / f"stage{number}")
-        step = read_state(found[-1])["step"] if found else -1
+        found = newest_in(run_directory(job) / f"stage{number}")
+        step = read_state(found)["step"] if found else -1
         if step < job.steps(number):
             return ""
         whose = f" of {job.denoiser}" * (job is not settings)

@@ -7,6 +7,8 @@ that prints and writes; all the others only compute.
 This module imports nothing of what stands above it, and knows neither models nor settings.
 """
 
+import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -24,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.cli import with_rank
 
+PARENT_DIED = 1  # PR_SET_PDEATHSIG of Linux' prctl
 # How gloo and NCCL speak of a peer that is gone.
 LOST_PEER = re.compile(r"(?i)connection (closed|reset|refused)|nccl|timed ?out|timeout")
 
@@ -50,6 +53,7 @@ def start_process(precision: str) -> Process:
 
     Args: precision: "auto", "fp32" or "bf16".
     """
+    die_with_parent()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     store = None
     cuda, device = torch.cuda.is_available(), torch.device("cpu")
@@ -79,6 +83,19 @@ def start_process(precision: str) -> Process:
     supported = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = precision == "bf16" or (precision == "auto" and supported)
     return Process(rank, ranks, device, bf16, store)
+
+
+def die_with_parent() -> None:
+    """Under torchrun: have Linux kill this process when torchrun dies. Not by a signal that Python
+    would have to handle: a rank may be waiting for another, in code that never asks Python. (A
+    process that was started by hand must survive its shell.)"""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ exactly what an undisturbed one would have left.
 
 import json
 import math
+import os
 import platform
 import resource
 import subprocess
@@ -23,7 +24,7 @@ from genhancer import GenHancer
 from settings import Settings, of_stage
 from training.process import Process
 from training.sharding import collected
-from util.files import write_atomically
+from util.files import unwritten, write_atomically
 from util.pictures import sample_grid
 
 # The loss is logged per tenth of t or of the mask ratio: one mean hides that its ends differ.
@@ -136,9 +137,15 @@ def draw_samples(model: GenHancer, dataset, path: Path, process: Process) -> Non
 
 
 def append_metrics(path: Path, line: dict, board=None) -> None:
-    """One more line of metrics.jsonl; its numbers on TensorBoard's `board` as well."""
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    """One more line of metrics.jsonl, on the disk when this returns; its numbers on TensorBoard's
+    `board` as well. Raises: OSError in one line where the disk is full, or the folder has gone."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritten(path, error) from None
     if board:
         for name, value in line.items():
             if isinstance(value, int | float) and name not in ("stage", "step"):
@@ -164,21 +171,51 @@ def read_metrics(run: str | Path, stage: int | None = None) -> dict[str, list]:
     file = Path(run) / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no metrics.jsonl: no run, or none that came so far")
-    lines = [line for line in _lines(file) if stage in (None, line["stage"])]
+    lines = [line for line in _lines(file)[0] if stage in (None, line["stage"])]
     names = dict.fromkeys(name for line in lines for name in line)
     return {name: [line.get(name) for line in lines] for name in names}
 
 
-def _lines(file: Path) -> list[dict]:
-    """All but one that was cut off in the middle."""
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+def _lines(file: Path) -> tuple[list[dict], list[str]]:
+    """The lines of metrics.jsonl, and those that are none. (One that was cut off at the end by a
+    kill is neither: it is written again.)"""
+    found, damaged = [], []
+    text = file.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines(keepends=True):
+        try:
+            content = json.loads(line)
+            content["stage"] + content["step"] + 0  # numbers, both
+            found.append(content)
+        except (ValueError, KeyError, TypeError):
+            damaged += [line] * line.endswith("\n")
+    return found, damaged
 
 
-def trim_metrics(path: Path, stage: int, step: int) -> None:
-    """Drop a stage's lines after the checkpoint it goes on from: they will be written again."""
-    if path.is_file():
-        kept = [line for line in _lines(path) if line["stage"] != stage or line["step"] <= step]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+def trim_metrics(path: Path, stage: int, step: int, written: dict[int, int]) -> None:
+    """Drop a stage's lines after the checkpoint it goes on from: they will be written again.
+
+    Lines that are damaged are put aside, beside the file, and said; so are lines that are missing.
+
+    Args: written: how many lines of which stage there must be, up to that step.
+    """
+    found, damaged = _lines(path) if path.is_file() else ([], [])
+    kept = [line for line in found if line["stage"] != stage or line["step"] <= step]
+    if damaged:
+        aside = path.with_name("metrics.damaged.jsonl")
+        write_atomically(aside, "".join(damaged))
+        said = f"note: {path}: {len(damaged)} damaged line(s) were put aside, into {aside.name}"
+        print(said, file=sys.stderr)
+    for number, count in written.items():
+        there = sum(line["stage"] == number for line in kept)
+        if there < count:
+            print(
+                f"note: {path} has {there} of the {count} lines that stage {number} had written: "
+                "the others were deleted or damaged",
+                file=sys.stderr,
+            )
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    if path.is_file() and text.encode() != path.read_bytes():
+        write_atomically(path, text)
 
 
 def memory_gb(device: torch.device) -> float:

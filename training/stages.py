@@ -6,6 +6,8 @@ was trained against (the frozen CLIP, the tokenizer, in stage 2 the denoiser) is
 fingerprint, so that no run goes on with other parts than it began with.
 """
 
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,16 +17,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from data import MicroBatches, Share, batches
 from genhancer import GenHancer
 from settings import Settings, relevant, run_directory, stage1_runs
-from training import assemble, runlog, speed
+from training import assemble, feature_cache, runlog, speed
 from training import checkpoints as ckpt
 from training.assemble import seed_of
-from training.preflight import other_run, read_state, require_same
+from training.preflight import newest_in, newest_sound, other_run, read_state, require_same, verify
 from training.process import Process, agreed, in_parallel, union_over_ranks
 from training.sharding import shared_out
+from util.files import sweep
 
 PATIENCE = 30  # seconds; a network drive may be late
 
@@ -53,6 +57,8 @@ class Stage:
     """the checkpoint under way"""
     saved_at: float = field(default_factory=time.time)
     """when the last one was begun"""
+    lines: int = 0
+    """of metrics.jsonl that this stage has written"""
     unreadable: set[str] = field(default_factory=set)
     """pictures that no rank could read, so far"""
     unsaid: set[str] = field(default_factory=set)
@@ -139,7 +145,7 @@ def begin(
 
 
 def begin_or_resume(
-    number: int, model: GenHancer, pictures: int, settings: Settings, process: Process
+    number: int, model: GenHancer, dataset: Dataset, settings: Settings, process: Process
 ) -> Stage:
     """A stage of a run, at the step from which the loop goes on.
 
@@ -153,22 +159,26 @@ def begin_or_resume(
     mine = {
         "architecture": model.architecture(),
         "fingerprints": assemble.fingerprints_of(model, number),
-        "settings": {**relevant(settings, number), "images": pictures},
+        "settings": {**relevant(settings, number), **feature_cache.which(dataset)},
     }
-    newest = newest_for_all(folder, process)
+    newest, damaged = newest_for_all(folder, process)
     if newest:
         require_same(read_state(newest), mine, other_run(folder))
     stage = begin(number, model, settings, process, newest)
-    stage.agreed = {"stage": number, **mine}
+    stage.agreed = {"stage": number, "steps": settings.steps(number), **mine}
     if newest:
         resume(stage, newest)
     if process.is_main:  # nothing was refused: only now is anything written
+        clean(run, folder, damaged)
         if number == 2 and stage.done < settings.steps(number):
             # The card says that the enhanced model is this run's: from here on it is an older one.
             (run / "enhanced" / "README.md").unlink(missing_ok=True)
         if stage.done == 0:
             runlog.write_config(settings, number, process, run)
-        runlog.trim_metrics(run / "metrics.jsonl", number, stage.done)
+        written = {number: stage.lines}
+        if number == 2 and (first := newest_in(run / "stage1")):
+            written[1] = read_state(first)["lines"]
+        runlog.trim_metrics(run / "metrics.jsonl", number, stage.done, written)
         steps, count = settings.steps(number), sum(p.numel() for p in stage.learning)
         print(
             f"stage {number}, {settings.denoiser}: {count / 1e6:.2f} M trainable parameters, "
@@ -177,14 +187,39 @@ def begin_or_resume(
     return stage
 
 
-def newest_for_all(folder: Path, process: Process) -> Path | None:
-    """The newest checkpoint in a folder. The main process decides which it is: on a network drive
-    the others may see an older list, on a disk of their own none at all.
+def clean(run: Path, folder: Path, damaged: list[str]) -> None:
+    """Remove what killed starts have left half done in a run, and put aside the checkpoints of a
+    stage that are `damaged`: they would count as its newest."""
+    sweep(run)
+    for name in damaged:
+        aside = folder / f"damaged_{name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / name).rename(aside)
+    for half in (*folder.glob("tmp_*"), *folder.glob("step_*")):
+        if not (half.name.startswith("step_") and (half / "state.json").is_file()):
+            shutil.rmtree(half, ignore_errors=True)
 
-    Raises: ValueError on all ranks where one of them does not see it.
+
+def newest_for_all(folder: Path, process: Process) -> tuple[Path | None, list[str]]:
+    """The newest sound checkpoint in a folder, and the names of those after it, which are not. The
+    main process decides which it is: on a network drive the others may see an older list, on a disk
+    of their own none at all.
+
+    Raises: ValueError on all ranks where one of them does not see it, or none is sound.
     """
-    found = ckpt.checkpoints_in(folder)
-    name = agreed(found[-1].name if found else "", process)
+    name, damaged, refused = "", [], ""
+    if process.is_main:
+        try:
+            found, problems = newest_sound(folder, verify)
+            name = found.name if found else ""
+            damaged = [c.name for c in ckpt.checkpoints_in(folder) if found and c.name > name]
+            for problem in problems:
+                print(f"note: {problem}; going on from {name} before it", file=sys.stderr)
+        except ValueError as error:
+            refused = str(error)
+    name, damaged, refused = agreed((name, damaged, refused), process)
+    if refused:
+        raise ValueError(refused)
     newest = folder / name if name else None
     deadline = time.time() + PATIENCE
     while newest and not newest.is_dir() and time.time() < deadline:
@@ -195,13 +230,18 @@ def newest_for_all(folder: Path, process: Process) -> Path | None:
             f"{newest} is there for rank 0 and not for rank {', '.join(sorted(blind))}: --runs "
             "must be a folder that all machines of the run share"
         )
-    return newest
+    return newest, damaged
 
 
 def take_over_stage1(model: GenHancer, name: str, run: Path, process: Process) -> None:
     """A paradigm's projectors and denoiser as the newest stage 1 of `run` left them. (That there is
     one was seen before anything was loaded.) Raises: ValueError where it does not fit, and why."""
-    newest = newest_for_all(run / "stage1", process)
+    newest, damaged = newest_for_all(run / "stage1", process)
+    if damaged:  # an earlier one may be half a stage 1, and another stage 2 stands on the newest
+        raise ValueError(
+            f"stage 1 in {run / 'stage1'}: {damaged[-1]} is damaged: delete it and run --stage 1 "
+            "again, which goes on from the one before"
+        )
     # The tower that stage 1 looked through must be the very one that stage 2 adapts: same shape,
     # same weights. A denoiser that learnt to read other features would teach nonsense.
     mine = {"architecture": model.architecture(name)}
@@ -218,6 +258,14 @@ def resume(stage: Stage, checkpoint: Path) -> None:
     state = read_state(checkpoint)
     ckpt.restore_moments(stage.model, stage.optimizer, checkpoint)
     stage.done, stage.unreadable = state["step"], set(state["unreadable"])
+    stage.lines = state["lines"]
+    every, now = state["log_every"], stage.settings.log_every
+    if every != now and stage.process.is_main:
+        print(
+            f"note: metrics.jsonl has a line every {every} steps up to step {stage.done}, and one "
+            f"every {now} from there on",
+            file=sys.stderr,
+        )
     stage.window = runlog.Window(stage.model, stage.process, state["window"])
 
 
@@ -236,6 +284,7 @@ def save(stage: Stage) -> None:
         "moments": ckpt.moments(stage.model, stage.optimizer),
     }
     traces = {"window": stage.window.state(), "unreadable": sorted(stage.unreadable)}
+    traces |= {"lines": stage.lines, "log_every": stage.settings.log_every}
     what = stage.folder, stage.done, tensors, {**stage.agreed, **traces}, stage.settings.keep
     if stage.learner is stage.model and stage.process.ranks > 1:  # shared out
         ckpt.save_checkpoint(*what, writes=stage.process.is_main)

@@ -3,89 +3,158 @@
 A process can die between any two bytes that it writes. So nothing is written in its place: the
 content goes into a temporary file beside it, is flushed to the disk, and is then renamed. A rename
 either happened or did not; whoever pulls the plug finds the old file or the new one, never half of
-each.
+each. (The rename itself is on the disk once the folder was flushed too.)
+
+A write can fail as well: a full disk, a quota, a cable. Then the temporary file goes at once, the
+old file stays, and the error says in one line which file it was and how much room it takes.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
+
+ENDING = ".tmp"  # of what is not yet what it will be
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What a file calls the types of numbers.
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole or absent
+# ------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def replacing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
+    """An open file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Args: size: bytes that will be written, for the line that a full disk is worth.
+    Raises: OSError in one line: which file, why, how much room it takes.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file, temporary = _begun(path)
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise unwritten(path, error, size) from None
+    finally:
+        if temporary:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _begun(path: Path) -> tuple[BinaryIO, Path]:
+    """A new file beside `path`, locked for as long as it is open: `sweep` leaves it alone."""
+    while True:
+        temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}{ENDING}")
+        file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
+        with contextlib.suppress(OSError):  # a disk without locks is never swept
+            fcntl.flock(file, fcntl.LOCK_SH)
+        if temporary.exists():
+            return file, temporary
+        file.close()  # swept away in the moment before it was locked
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left half written in a folder, and in those below it. What
+    a living process is writing is locked, and stays."""
+    for leftover in folder.rglob(f"*.????????{ENDING}"):
+        with contextlib.suppress(OSError), open(leftover, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file's content, or leave the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Replace a file's content, or leave the old one. Raises: OSError as `replacing`."""
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path, len(data)) as file:
+        file.write(data)
 
 
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file from tensors on any device, replaced as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # safetensors makes files that their owner alone can read. This one shall be like any other:
-    # an empty file tells what the user's umask allows. (To ask for the umask itself one must set
-    # it, for all threads of the process.)
-    temporary.unlink(missing_ok=True)  # of a process of the same number that was killed
-    temporary.touch()
-    mode = stat.S_IMODE(temporary.stat().st_mode)
-    save_file(on_cpu, temporary, metadata=metadata)
-    os.chmod(temporary, mode)
-    flush(temporary)
-    os.replace(temporary, path)
+    """A safetensors file from tensors on any device, replaced as a whole.
+
+    Raises: OSError as `replacing`; KeyError for a type of numbers that is not in `TYPES`.
+    """
+    with replacing(path, bytes_of(tensors)) as file:
+        stream_tensors(tensors, file, metadata=metadata)
 
 
-# What a file calls the types of numbers that training makes.
-TYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+# ------------------------------------------------------------------------------------------------
+# Tensors
+# ------------------------------------------------------------------------------------------------
+def bytes_of(tensors: dict[str, Tensor]) -> int:
+    """What they take on the disk, but for the names."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def stream_tensors(
-    tensors: dict[str, Tensor], path: Path | None, whole: Callable[[Tensor], Tensor]
-) -> None:
+    tensors: dict[str, Tensor],
+    file: BinaryIO | None,
+    whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    metadata: dict[str, str] | None = None,
+) -> str:
     """A safetensors file written one tensor after the other, each fetched as its turn comes: beside
     the model never more than one of them is in memory.
 
     The format allows it, because a tensor's place follows from the shapes before it: a length, a
-    header of JSON, then plain numbers. Not atomic: `path` is a new file in a folder that is not yet
-    what it will be.
+    header of JSON, then plain numbers.
 
     Args:
-        path: None: fetch and write nothing, as the other ranks of a run do.
+        file: None: fetch and write nothing, as the other ranks of a run do.
         whole: gives the tensor to write, of the same shape and type.
+        metadata: texts for the header.
+    Returns: the SHA-256 of the bytes, "" where none were written.
     Raises: KeyError for a type of numbers that is not in `TYPES`.
     """
-    header, end = {}, 0
+    header: dict = {"__metadata__": metadata} if metadata else {}
+    end, digest = 0, hashlib.sha256()
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         about = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = {**about, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
-    with open(path or os.devnull, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            full = whole(tensor.detach())
-            if path:
-                file.write(full.cpu().reshape(-1).view(torch.uint8).numpy())
 
+    def put(data) -> None:
+        file.write(data)
+        digest.update(data)
 
-def flush(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    if file:
+        put(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        full = whole(tensor.detach())
+        if file and full.numel():
+            put(full.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest() if file else ""
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -95,3 +164,38 @@ def fingerprint(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------
+# The disk
+# ------------------------------------------------------------------------------------------------
+def flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk. Some file systems know no such thing."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def unwritten(path: Path, error: OSError, size: int = 0) -> OSError:
+    """The error of a write as one line. Args: size: bytes that were to be written, 0: a few."""
+    if error.errno is None:  # it says all that already
+        return error
+    line = f"{path} could not be written ({error.strerror})"
+    there = next((p for p in (path, *path.absolute().parents) if p.is_dir()), None)
+    if error.errno in FULL and there:
+        needed = f"it takes {in_units(size)}" if size else "it takes some kB"
+        line += f": {needed}, {in_units(shutil.disk_usage(there).free)} are free there"
+    return type(error)(f"{line}; once that is mended, the same command can be run again")
+
+
+def in_units(size: int) -> str:
+    """Bytes for people."""
+    for unit, power in (("GB", 9), ("MB", 6)):
+        if size >= 10**power:
+            return f"{size / 10**power:.1f} {unit}"
+    return f"{size / 1000:.0f} kB"

@@ -3,7 +3,7 @@
 A run leaves what the denoiser draws (`sample_grid`), an evaluation the pairs of the benchmark that
 were won and lost (`picture_table`: named columns, and words beside each row). Every function gives
 the Pillow image, which a notebook shows, and saves it where a path is given. Pillow only, so that
-no plotting library and no screen is needed. This module imports nothing of this project.
+no plotting library and no screen is needed.
 """
 
 import textwrap
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from util.files import replacing
 
 MARGIN, LINE = 4, 13  # pixels between tiles, height of a line of text
 
@@ -71,11 +73,8 @@ def _saved(canvas: Image.Image, path: str | Path | None) -> Image.Image:
 
 def save_png(canvas: Image.Image, path: str | Path) -> None:
     """Written under a temporary name and renamed: never half a picture."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    canvas.save(temporary, format="PNG")
-    temporary.replace(path)
+    with replacing(Path(path)) as file:
+        canvas.save(file, format="PNG")
 
 
 def sample_grid(
