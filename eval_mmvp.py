@@ -80,7 +80,7 @@ def command_line() -> tuple[Settings, PairSet | None]:
 
 
 if __name__ == "__main__":
-    run_command(command_line)
+    run_command(command_line, imports_follow=True)
 
 import numpy as np
 import torch

@@ -21,7 +21,6 @@ These notes stand at a field where they apply, so that whoever adds a setting de
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -67,7 +66,7 @@ class Settings:
     data: str = setting("", free=True, first=True)
     """folder or list of images, or tar shards (a folder of them, 'DIR/*.tar',
     'DIR/{00000..00331}.tar'); empty: the toy world's own scenes"""
-    toy_images: int = setting(16384, at_least=1)
+    toy_images: int = setting(16384, at_least=1, at_most=100_000_000)
     """number of toy scenes, where --data is empty"""
     crop_min: float = setting(0.9, above=0, at_most=1)
     """smallest area of the random crop, as a share of the picture"""
@@ -117,22 +116,22 @@ class Settings:
     # -- the denoiser (Key Point #2.3; Tab. 5)
     # Width, heads and RoPE axes are FLUX.1's, only depth differs: so the row "pretrained FLUX" of
     # Tab. 7 is this network at depth 19 + 38.
-    blocks: int = setting(2, only="flow", at_least=1, flux_decides=True)
+    blocks: int = setting(2, only="flow", at_least=1, at_most=1000, flux_decides=True)
     """m: m MM-DiT and 2m Single-DiT blocks (Tab. 5)"""
-    layers: int = setting(6, only="perceiver", at_least=1)
+    layers: int = setting(6, only="perceiver", at_least=1, at_most=1000)
     """Perceiver layers: 2, 4, 6 or 8 in Tab. 5"""
-    learnt_latents: int = setting(0, only="perceiver", at_least=0)
+    learnt_latents: int = setting(0, only="perceiver", at_least=0, at_most=65536)
     """Perceiver latents: 0 is one per masked token, more is that many learnt ones"""
-    width: int = setting(3072, at_least=1, flux_decides=True)
+    width: int = setting(3072, at_least=1, at_most=65536, flux_decides=True)
     """width D of the denoiser"""
-    heads: int = setting(24, at_least=1, flux_decides=True)
+    heads: int = setting(24, at_least=1, at_most=4096, flux_decides=True)
     """attention heads"""
     rope_axes: str = setting("", only="flow", flux_decides=True)
     """RoPE widths of (unused, row, column), like 16,56,56; their sum is D / heads; empty: FLUX's
     proportions at that width"""
-    vector_dim: int = setting(768, only="flow", at_least=1, flux_decides=True)
+    vector_dim: int = setting(768, only="flow", at_least=1, at_most=65536, flux_decides=True)
     """width of the vector condition"""
-    context_dim: int = setting(4096, only="flow", at_least=1, flux_decides=True)
+    context_dim: int = setting(4096, only="flow", at_least=1, at_most=65536, flux_decides=True)
     """width of the context condition"""
     guidance: bool = setting(True, only="flow", flux_decides=True)
     """FLUX.1-dev's guidance embedding (a learnt bias here)"""
@@ -146,7 +145,7 @@ class Settings:
         "logit-normal", choices=("logit-normal", "uniform"), only="flow"
     )
     """distribution of t"""
-    time_scale: float = setting(1.0, only="flow", above=0)
+    time_scale: float = setting(1.0, only="flow", above=0, at_most=1000)
     """scale s of Eq. (6)"""
     # -- masks (Tab. S1)
     # 28.9 with 50-90 % and with 70 %, 25.9 with 90 %, on OpenAI's L/14
@@ -158,13 +157,13 @@ class Settings:
     # 100 000 and 5 000 steps are those of the supplement on Fig. 1; Sec. 5.1 and App. B say one
     # epoch each. 100 000 steps of 256 images are 8.5 epochs of CC3M. Stage 2's rate is a tenth, its
     # steps a twentieth: the tower should move, a little.
-    stage1_steps: int = setting(100_000, stage=1, at_least=1, first=True)
+    stage1_steps: int = setting(100_000, stage=1, at_least=1, at_most=1_000_000_000, first=True)
     """steps of stage 1"""
-    stage1_lr: float = setting(1e-4, stage=1, at_least=0)
+    stage1_lr: float = setting(1e-4, stage=1, at_least=0, at_most=1)
     """learning rate of stage 1"""
-    stage2_steps: int = setting(5_000, stage=2, at_least=1, first=True)
+    stage2_steps: int = setting(5_000, stage=2, at_least=1, at_most=1_000_000_000, first=True)
     """steps of stage 2 (Fig. 1 i: 100 to 10 000)"""
-    stage2_lr: float = setting(1e-5, stage=2, at_least=0)
+    stage2_lr: float = setting(1e-5, stage=2, at_least=0, at_most=1)
     """learning rate of stage 2"""
     stage2_trains: str = setting("only", choices=("only", "all"), stage=2)
     """'only' the image tower, or 'all': denoiser and projectors too (Fig. S4)"""
@@ -172,9 +171,9 @@ class Settings:
     """no stage 1: a fresh denoiser and the tower learn together (Fig. 6)"""
     tuning: str = setting("lora", choices=("lora", "direct"), stage=2)
     """how the tower learns (Fig. S2)"""
-    lora_rank: int = setting(16, stage=2, at_least=1)
+    lora_rank: int = setting(16, stage=2, at_least=1, at_most=65536)
     """LoRA rank r"""
-    lora_alpha: float = setting(16.0, stage=2, above=0)
+    lora_alpha: float = setting(16.0, stage=2, above=0, at_most=1_000_000)
     """LoRA α; the update is scaled by α / r"""
     lora_dropout: float = setting(0.1, stage=2, at_least=0, at_most=0.99)
     """dropout on the adapters' input"""
@@ -182,25 +181,25 @@ class Settings:
     """train the biases of adapted layers, or none"""
     lora_pool: bool = setting(False, stage=2)
     """adapters on the MLP of SigLIP's attention pool too (8.87 M parameters instead of 8.70)"""
-    drift_weight: float = setting(0.0, stage=2, at_least=0)
+    drift_weight: float = setting(0.0, stage=2, at_least=0, at_most=1_000_000)
     """λ of the drift term D(v, v0) = 1 − cos in Eq. (5); 0 is the paper"""
     # -- the optimiser (App. B)
     # 8 GPUs × 16 images × 2 accumulation steps = 256
-    batch: int = setting(256, at_least=1, first=True)
+    batch: int = setting(256, at_least=1, at_most=10_000_000, first=True)
     """global batch, over all ranks and accumulation steps"""
-    micro_batch: int = setting(16, at_least=1, free=True, first=True)
+    micro_batch: int = setting(16, at_least=1, at_most=10_000_000, free=True, first=True)
     """images per rank and forward pass; accumulation follows from it"""
     schedule: str = setting("constant", choices=("constant", "cosine"))
     """learning rate over a stage"""
-    warmup: int = setting(0, at_least=0)
+    warmup: int = setting(0, at_least=0, at_most=1_000_000_000)
     """steps of linear warm-up"""
-    weight_decay: float = setting(0.01, at_least=0)
+    weight_decay: float = setting(0.01, at_least=0, at_most=10)
     """AdamW's weight decay"""
-    clip_grad: float = setting(1.0, above=0)
+    clip_grad: float = setting(1.0, above=0, at_most=1_000_000_000)
     """largest gradient norm"""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16"))
     """autocast; auto: bf16 on GPUs that have it, float32 on the CPU"""
-    seed: int = setting(0, at_least=0, first=True)
+    seed: int = setting(0, at_least=0, at_most=2**63 - 1, first=True)
     """seed of everything"""
     # -- memory and speed
     shard: bool = setting(False, free=True)
@@ -214,21 +213,21 @@ class Settings:
     # -- before the run
     plan: bool = setting(False, free=True, first=True)
     """print parameters, memory and FLOPs of the run instead of starting it"""
-    gpus: int = setting(8, at_least=1, free=True)
+    gpus: int = setting(8, at_least=1, at_most=1_000_000, free=True)
     """GPUs that --plan counts with (under torchrun: as many as it starts)"""
     # -- traces
     # Which checkpoint counts is decided before the run: the last. Picking the best of many on the
     # benchmark would report the luck of the draw.
-    log_every: int = setting(50, at_least=1, free=True)
+    log_every: int = setting(50, at_least=1, at_most=1_000_000_000, free=True)
     """steps per line of metrics.jsonl"""
-    sample_every: int = setting(5_000, at_least=1, free=True)
+    sample_every: int = setting(5_000, at_least=1, at_most=1_000_000_000, free=True)
     """steps between sample grids"""
     # A checkpoint of the full stage 1 is 16 GB, one of stage 2 a thousandth of that.
-    save_every: int = setting(10_000, at_least=1, free=True)
+    save_every: int = setting(10_000, at_least=1, at_most=1_000_000_000, free=True)
     """steps between checkpoints"""
-    save_minutes: float = setting(20.0, above=0, free=True)
+    save_minutes: float = setting(20.0, above=0, at_most=1_000_000, free=True)
     """minutes after which the next log line is followed by a checkpoint too"""
-    keep: int = setting(2, at_least=1, free=True)
+    keep: int = setting(2, at_least=1, at_most=1_000_000, free=True)
     """checkpoints to keep per stage"""
     tensorboard: bool = setting(False, free=True)
     """mirror metrics.jsonl into RUNS/NAME/tensorboard (pip install tensorboard)"""
@@ -260,12 +259,12 @@ class Settings:
             found = [float(w) for w in given]
         except ValueError:
             found = []
-        wrong = len(found) != len(self.denoisers) or not all(0 <= w < math.inf for w in found)
+        wrong = len(found) != len(self.denoisers) or not all(0 <= w <= 10**6 for w in found)
         if wrong or not any(found):
             count = len(self.denoisers)
             raise ValueError(
-                f"--loss_weights {self.loss_weights!r}: expected {count} numbers from 0 on, not "
-                f"all 0, like {','.join(['1', '0.2'][:count])}, one for each of --denoiser "
+                f"--loss_weights {self.loss_weights!r}: expected {count} numbers from 0 to 10⁶, "
+                f"not all 0, like {','.join(['1', '0.2'][:count])}, one for each of --denoiser "
                 f"{self.denoiser}"
             )
         return found

@@ -27,7 +27,7 @@ from itertools import islice
 
 from settings import Settings, run_directory
 from training.preflight import check_run, finished, jobs_of, preflight, stages_of
-from util.cli import parse_settings, run_command
+from util.cli import parse_settings, printable, run_command
 
 # ------------------------------------------------------------------------------------------------
 # The command line. A mistake is answered at once: only then are PyTorch and open_clip imported,
@@ -78,7 +78,7 @@ def start() -> None:
 
 
 if __name__ == "__main__":
-    run_command(start)
+    run_command(start, imports_follow=True)
 
 import torch
 from torch.utils.data import Dataset
@@ -233,7 +233,7 @@ def agree_on_unreadable(stage: Stage, pictures: int, bar: tqdm) -> None:
     for file in sorted(union_over_ranks(stage.unsaid, stage.process) - stage.unreadable):
         stage.unreadable.add(file)
         if stage.process.is_main:
-            bar.write(f"unreadable, replaced by the next: {file}")
+            bar.write(f"unreadable, replaced by the next: {printable(file)}")
     stage.unsaid = set()
     if len(stage.unreadable) > max(1, 0.05 * pictures):
         raise ValueError(

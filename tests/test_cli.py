@@ -1,6 +1,8 @@
 """cli.py: flags from dataclasses, presets, and one line for every mistake."""
 
+import dataclasses
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from settings import Settings
-from util.cli import parse_settings, run_command, setting
+from util.cli import check_bounds, parse_settings, run_command, setting
 
 
 @dataclass(frozen=True)
@@ -162,3 +164,72 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
 
     with pytest.raises(ValueError, match="wanted in full"):
         run_command(mistake)
+
+
+# -- interruptions ---------------------------------------------------------------------------------
+IMPORTS = """
+import signal, sys, time
+from util.cli import run_command
+run_command(lambda: None, imports_follow=True)
+print("ready", flush=True)
+time.sleep(60)
+"""
+WORK = """
+import sys, time
+from util.cli import run_command
+def main():
+    print("ready", flush=True)
+    time.sleep(60)
+run_command(main, lambda: "all is saved")
+"""
+
+
+@pytest.mark.parametrize(
+    "code, number, status, line",
+    [
+        (IMPORTS, signal.SIGINT, 130, "-c: interrupted before anything began"),
+        (IMPORTS, signal.SIGTERM, 143, "-c: ended by SIGTERM before anything began"),
+        (WORK, signal.SIGINT, 130, "-c: interrupted; all is saved"),
+        (WORK, signal.SIGTERM, 143, "-c: ended by SIGTERM; all is saved"),
+    ],
+)
+def test_interruptions_are_one_line_at_any_time(code, number, status, line):
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    process = subprocess.Popen([sys.executable, "-c", code], **how)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status and said.strip() == line
+
+
+def test_signals_are_answered_as_before_when_a_command_has_ended():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run_command(lambda: None)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_what_a_terminal_would_obey_is_escaped(capsys, monkeypatch):
+    """And a name that is no UTF-8 can be said, on stdout too."""
+
+    def fail():
+        raise ValueError("no file a\x1b[31mb\x07\udcff and ö, \n 2 lines")
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit):
+        run_command(fail)
+    assert capsys.readouterr().err == r"x.py: no file a\x1b[31mb\x07\udcff and ö, 2 lines" + "\n"
+    code = "from util.cli import run_command; run_command(lambda: print('\\udcff'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == b"\\udcff\n"
+
+
+def test_every_number_has_a_range():
+    """From both sides, so that no slip of a finger trains on nonsense or fills the memory."""
+    for field in dataclasses.fields(Settings):
+        if type(field.default) in (int, float):
+            notes = field.metadata
+            assert "at_most" in notes and {"at_least", "above"} & notes.keys(), field.name
+            for value in (notes["at_most"] * 1.01 + 1, -1):
+                kind = type(field.default)
+                with pytest.raises(ValueError, match=f"--{field.name} .* must be"):
+                    check_bounds(Settings.of("toy", **{field.name: kind(value)}))

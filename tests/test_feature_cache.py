@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from settings import Settings
 from toy.world import TOY_DIR, ToyScenes
 from training import feature_cache
 from training.process import Process
+from util.sealed import seal
 
 HERE = Process()
 
@@ -262,7 +262,7 @@ def test_each_rank_makes_its_share_and_must_see_the_others(
         feature_cache.disk_cache(pictures, model, settings_for(folder), second)
     assert not folder.exists(), "seen before anything was encoded"
     folder.mkdir()
-    (folder / "about.json").write_text(json.dumps({"token": "a"}))
+    (folder / "about.json").write_text(seal({"token": "a"}))
     told += [("", "a"), ([0, 1, 2, 3, 4], 10**9)]
     with pytest.raises(ValueError, match="rank 1 does not see there what others wrote"):
         feature_cache.disk_cache(pictures, model, settings_for(folder), second)
@@ -272,9 +272,8 @@ def test_each_rank_makes_its_share_and_must_see_the_others(
 
 
 # -- damage ----------------------------------------------------------------------------------------
-def test_damaged_files_are_noticed(tmp_path, make_genhancer, small_files):
-    """Cut short or with another beginning: made again at the next start. A number that has changed:
-    seen when it is read."""
+def test_damaged_files_are_made_again(tmp_path, make_genhancer, small_files, capsys):
+    """Cut short, with another beginning, or with one bit that has changed."""
     folder, pictures = tmp_path / "cache", pictures_in(photos(tmp_path / "photos"))
     cache = made(folder, pictures, make_genhancer())
     shutil.copytree(folder, tmp_path / "sound")
@@ -284,13 +283,37 @@ def test_damaged_files_are_noticed(tmp_path, make_genhancer, small_files):
     assert cache.missing() == [0, 1, 2]
     made(folder, pictures, make_genhancer())
     assert same_files(folder, tmp_path / "sound")
-    changed = bytearray(cache.path(3).read_bytes())
+    flip(cache.path(3))
+    made(folder, pictures, make_genhancer())
+    assert (
+        "note: --cache: features-00003.npy was damaged and is made again" in capsys.readouterr().err
+    )
+    assert same_files(folder, tmp_path / "sound")
+
+
+def flip(file):
+    """One bit of it."""
+    changed = bytearray(file.read_bytes())
     changed[-100] ^= 1
-    cache.path(3).write_bytes(changed)
+    file.write_bytes(changed)
+
+
+def test_damage_in_a_large_cache_is_seen_when_it_is_read(
+    tmp_path, make_genhancer, small_files, monkeypatch
+):
+    """To read hundreds of gigabytes at every start would take longer than many a run. The file is
+    removed, so that the next start makes it again."""
+    folder, pictures = tmp_path / "cache", pictures_in(photos(tmp_path / "photos"))
+    cache = made(folder, pictures, make_genhancer())
+    shutil.copytree(folder, tmp_path / "sound")
+    flip(cache.path(3))
+    monkeypatch.setattr(feature_cache, "READ_AT_START", 0)
     cache = made(folder, pictures, make_genhancer())
     assert cache.features(14)["mean"].shape == (4, 4, 4)
-    with pytest.raises(ValueError, match="features-00003.npy is damaged: delete that file"):
+    with pytest.raises(ValueError, match="features-00003.npy was damaged and is removed"):
         cache.features(15)
+    made(folder, pictures, make_genhancer())
+    assert same_files(folder, tmp_path / "sound")
 
 
 def test_numbers_and_types(tmp_path, make_genhancer, small_files):

@@ -160,7 +160,7 @@ def test_config_keeps_the_settings_of_each_stage(tmp_path):
     assert train_here(tmp_path, "c", "--stage", "1", "--log_every", "2").returncode == 0
     first = json.loads(file.read_text())["stages"]
     assert first.keys() == {"1"} and "lora_rank" not in first["1"]["settings"]
-    more = ["--stage", "2", "--log_every", "4", "--stage1_lr", "5", "--lora_alpha", "8"]
+    more = ["--stage", "2", "--log_every", "4", "--stage1_lr", "0.5", "--lora_alpha", "8"]
     assert train_here(tmp_path, "c", *more).returncode == 0
     both = json.loads(file.read_text())["stages"]
     assert both["1"] == first["1"], "stage 2 leaves stage 1's as they were"

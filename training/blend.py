@@ -163,7 +163,7 @@ def check_out(out: Path, inputs: Sequence[Path]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(command_line)
+    run_command(command_line, imports_follow=True)
 
 import torch
 from safetensors.torch import load_file

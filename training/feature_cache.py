@@ -25,13 +25,16 @@ and the tower of stage 2, which does, gets them from the data set with the crop 
 **Whole or absent.** A file is written under another name, flushed and renamed. Which files are
 there is all that a start needs to know: one that was killed is finished by the next. Every file is
 made by one rank alone, so that no two machines ever write into one page of a shared disk.
+
+**Damage** is found by the checksums: in a cache of up to a few gigabytes at the start, which makes
+the file again, in a larger one when the record is read, which ends the run and removes the file.
 """
 
 import contextlib
 import io
-import json
 import os
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -52,7 +55,8 @@ from genhancer import GenHancer
 from settings import Settings
 from training.preflight import require_same
 from training.process import Process, agreed, union_over_ranks, wait_for_slowest
-from util.files import fingerprint, write_atomically
+from util.files import fingerprint, replacing, sweep, write_atomically
+from util.sealed import seal, unseal
 
 LAYOUT = 2  # of files and records; raise it when they change
 # Pictures per file: few enough to lose little in a kill and to deal out evenly, many enough that
@@ -60,6 +64,7 @@ LAYOUT = 2  # of files and records; raise it when they change
 SMALLEST, LARGEST, FILES = 256, 8192, 64
 OPEN = 256  # files that a process keeps open; most systems allow it 1024
 MANY_NAMES, WHOLE = 300_000, 64  # names and pictures that tell a data set from another
+READ_AT_START = 4_000_000_000  # bytes that a start may read to find damage
 PATIENCE = 30.0  # seconds until what one machine wrote must be seen by another
 
 
@@ -193,9 +198,11 @@ class FeatureCache(Dataset):
         read = self.read(number, size, len(self.header(number)) + place * size)
         record = np.frombuffer(bytearray(read), self.record) if len(read) == size else None
         if record is None or checksum(record) != record["crc32"][0]:
+            with contextlib.suppress(OSError):
+                self.path(number).unlink()
             raise ValueError(
-                f"--cache {self.folder}: {self.path(number).name} is damaged: delete that file, "
-                "and the next start makes it again"
+                f"--cache {self.folder}: {self.path(number).name} was damaged and is removed: the "
+                "same command makes it again"
             )
         return as_used({name: record[name][0] for name in self.record.names[:-1]})
 
@@ -227,6 +234,33 @@ class FeatureCache(Dataset):
         """The numbers of files that are not there, or not whole."""
         return [number for number in range(self.files) if not self.is_whole(number)]
 
+    def remove_damaged(self) -> list[str]:
+        """Remove the files that are not what was written, where so much can be read in a moment.
+        Returns: their names."""
+        there = [number for number in range(self.files) if self.path(number).is_file()]
+        if sum(map(self.bytes_of, there)) > READ_AT_START:
+            return []
+        found = [number for number in there if not self.is_sound(number)]
+        for number in found:
+            self.path(number).unlink()
+        return [self.path(number).name for number in found]
+
+    def is_sound(self, number: int) -> bool:
+        """Whether every record of a file, and the note beside it, is what was written."""
+        noted = self.path(number).with_suffix(".json")
+        try:
+            if noted.is_file():
+                unseal(noted.read_text(encoding="utf-8"))
+        except ValueError:
+            return False
+        if not self.is_whole(number):
+            return False
+        records = np.frombuffer(
+            self.path(number).read_bytes(), self.record, offset=len(self.header(number))
+        )
+        sums = [checksum(records[i : i + 1]) for i in range(len(records))]
+        return bool((records["crc32"] == sums).all())
+
     def read(self, number: int, count: int, offset: int) -> bytes:
         """`count` bytes of a file, which stays open.
 
@@ -248,8 +282,15 @@ class FeatureCache(Dataset):
         """What the ranks that made the files noted beside them."""
         for number in range(self.files):
             with contextlib.suppress(FileNotFoundError):
-                noted = json.loads(self.path(number).with_suffix(".json").read_text())
-                self.unreadable |= {int(index): names for index, names in noted.items()}
+                noted = self.path(number).with_suffix(".json")
+                try:
+                    about = unseal(noted.read_text(encoding="utf-8"))
+                except ValueError:
+                    raise ValueError(
+                        f"--cache {self.folder}: {noted.name} is damaged: delete it and "
+                        f"{self.path(number).name}, and the same command makes both again"
+                    ) from None
+                self.unreadable |= {int(index): names for index, names in about.items()}
 
 
 class _FeaturesAlone(Dataset):
@@ -349,8 +390,8 @@ def claim(folder: Path, mine: dict, process: Process) -> None:
         raise ValueError(problem)
 
     def seen() -> bool:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            return json.loads((folder / "about.json").read_text()).get("token") == token
+        with contextlib.suppress(OSError, ValueError):
+            return unseal((folder / "about.json").read_text()).get("token") == token
         return False
 
     same_for_all(folder, seen, process)
@@ -364,12 +405,12 @@ def claimed(folder: Path, mine: dict) -> str:
         if any(folder.glob("features-*.npy")):
             raise ValueError(f"--cache {folder}: features without about.json: delete that folder")
         theirs = {"token": uuid4().hex, **mine}
-        write_atomically(about, json.dumps(theirs, indent=1))
+        write_atomically(about, seal(theirs))
         return theirs["token"]
     try:
-        theirs = json.loads(about.read_text())
+        theirs = unseal(about.read_text(encoding="utf-8"))
         token = theirs["token"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         raise ValueError(f"--cache {folder}: about.json is damaged: delete that folder") from None
     message = (
         f"--cache {folder} holds features of other {{what}} ({{difference}}): give another folder, "
@@ -400,7 +441,12 @@ def fill(
     Args: encode: images (B, 3, H, W) → records (B,); workers: processes that decode images.
     Raises: ValueError where the disk is too small, or a rank does not see the others' files.
     """
-    missing = cache.missing() if process.is_main else []
+    missing = []
+    if process.is_main:
+        sweep(cache.folder)
+        for name in cache.remove_damaged():
+            print(f"note: --cache: {name} was damaged and is made again", file=sys.stderr)
+        missing = cache.missing()
     missing, free = agreed((missing, shutil.disk_usage(cache.folder).free), process)
     if not missing:
         return
@@ -437,26 +483,14 @@ def write_file(
 ) -> None:
     """One file, whole or not at all, from the next batches of a stream."""
     path, noted = cache.path(number), {}
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(cache.header(number))
-            for batch in islice(stream, -(-cache.count(number) // cache.at_once)):
-                file.write(encode(batch["image"]).view(np.uint8))
-                unread = zip(batch["position"], batch["unreadable"], strict=True)
-                noted |= {index: names for index, names in unread if names}
-                bar.update(len(batch["position"]))
-            file.flush()
-            os.fsync(file.fileno())
+    with replacing(path, cache.bytes_of(number)) as file:
+        file.write(cache.header(number))
+        for batch in islice(stream, -(-cache.count(number) // cache.at_once)):
+            file.write(encode(batch["image"]).view(np.uint8))
+            unread = zip(batch["position"], batch["unreadable"], strict=True)
+            noted |= {str(index): names for index, names in unread if names}
+            bar.update(len(batch["position"]))
         # The note first: where the records are, it is there too.
         path.with_suffix(".json").unlink(missing_ok=True)
         if noted:
-            write_atomically(path.with_suffix(".json"), json.dumps(noted))
-        with contextlib.suppress(FileNotFoundError):  # see below
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # What starts that were killed have left. (Were another run making the same file right now, it
-    # would find that it is there already.)
-    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+            write_atomically(path.with_suffix(".json"), seal(noted))

@@ -11,16 +11,21 @@ case.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import math
+import multiprocessing
 import operator
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 import typing
 from collections.abc import Callable, Iterable, Sequence
 
@@ -209,7 +214,7 @@ class OneLineParser(argparse.ArgumentParser):
             message += f" ({hint})" if hint else near
         elif found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += nearest(found[1], re.findall(r"[\w-]+", found[2]))
-        self.exit(2, f"{with_rank(self.prog)}: {message}\n")
+        self.exit(2, f"{with_rank(self.prog)}: {printable(message)}\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,18 +225,35 @@ def with_rank(command: str) -> str:
     return f"{command}, rank {os.environ['RANK']}" if "RANK" in os.environ else command
 
 
-def run_command(main: Callable[[], None], saved: Callable[[], str] | None = None) -> None:
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a cluster ends a job: what is under way ends as after Ctrl-C."""
+
+
+def run_command(
+    main: Callable[[], None], saved: Callable[[], str] | None = None, imports_follow: bool = False
+) -> None:
     """Run a command; turn a user's mistakes and interruptions into one line and an exit code.
 
-    Args: saved: says what survives, for the line printed after Ctrl-C or a full memory.
+    Args:
+        saved: says what survives, for the line printed after Ctrl-C or a full memory.
+        imports_follow: this was the quick part, and seconds of imports come next, during which an
+            interruption is one line, too. (Within them an exception would do: some libraries take
+            it for a fault of their own.)
     """
     name = with_rank(os.path.basename(sys.argv[0]))
+    before = _on_signals(signal.default_int_handler, _terminate)
+    # The name of a file need not be text that a terminal can show: that is no reason to end.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a test's, or a notebook's
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         _close_bars()
-        print(f"\n{name}: interrupted{'; ' + saved() if saved else ''}", file=sys.stderr)
-        sys.exit(130)
+        ended = isinstance(stop, Terminated)
+        what = "ended by SIGTERM" if ended else "interrupted"
+        print(f"\n{name}: {what}{'; ' + saved() if saved else ''}", file=sys.stderr)
+        sys.exit(143 if ended else 130)
     except (ValueError, OSError, MemoryError) as error:
         _end(name, error)
     except RuntimeError as error:
@@ -239,10 +261,45 @@ def run_command(main: Callable[[], None], saved: Callable[[], str] | None = None
         if "DataLoader worker" in text and "killed" in text:
             line = "a process that decodes images was killed, most likely for memory: lower "
             _end(name, MemoryError(line + "--workers" + after))
+        if text.startswith("Symlink loop"):  # of pathlib
+            _end(name, error)
         if "out of memory" not in text and "can't allocate memory" not in text:
             raise
         line = "not enough memory: lower --micro_batch (the global batch stays the same)"
         _end(name, MemoryError(line + after))
+    finally:
+        _on_signals(*before)
+    if imports_follow:
+        stop = functools.partial(_stop_at_once, name)
+        _on_signals(stop, stop)
+
+
+def _on_signals(interrupt, terminate) -> tuple:
+    """Who answers Ctrl-C and SIGTERM from now on. Returns: who did before."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
+    return before
+
+
+def _terminate(number, frame) -> typing.NoReturn:
+    if multiprocessing.parent_process():  # a worker: the command itself says the line
+        os._exit(143)
+    raise Terminated
+
+
+def _stop_at_once(name: str, number, frame) -> typing.NoReturn:
+    what = "ended by SIGTERM" if number == signal.SIGTERM else "interrupted"
+    print(f"\n{name}: {what} before anything began", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+def printable(text: str) -> str:
+    """One line without what would move a terminal's cursor or colour it: names of files and
+    contents of JSON can hold anything."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _end(name: str, error: BaseException) -> typing.NoReturn:
@@ -250,7 +307,7 @@ def _end(name: str, error: BaseException) -> typing.NoReturn:
     if os.environ.get("GENHANCER_TRACEBACK"):
         raise error
     _close_bars()
-    print(f"{name}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    print(f"{name}: {printable(str(error)) or type(error).__name__}", file=sys.stderr)
     sys.exit(2)
 
 
