@@ -26,13 +26,16 @@ def write_enhanced(clip: torch.nn.Module, model: GenHancer, settings: Settings, 
     Args:
         clip: the whole CLIP, for its text tower; model: after stage 2, for its image tower.
         run: the run's folder, with its metrics.jsonl.
-    Raises: FileNotFoundError where the run has no metrics.
+    Raises: FileNotFoundError where the run has no metrics; ValueError for weights that are not
+        finite.
     """
     folder = run / "enhanced"
     # The text tower is copied as it was; the image tower has its adapters folded in, so that the
     # result has the original keys and shapes.
     rest = {k: v for k, v in clip.state_dict().items() if not k.startswith("visual.")}
     tower = {f"visual.{k}": v for k, v in merged_state_dict(model.visual).items()}
+    if wrong := next((k for k, v in tower.items() if not torch.isfinite(v).all()), None):
+        raise ValueError(f"{folder} was not written: {wrong} is not finite; lower --stage2_lr")
     save_tensors({**rest, **tower}, folder / "open_clip_model.safetensors")
     config = json.dumps(model.info.open_clip_config(), indent=1)
     write_atomically(folder / "open_clip_config.json", config)
