@@ -277,6 +277,42 @@ axes[1].set(xlabel="change in subject zero-shot, points", ylabel="change in unme
 figure.tight_layout()
 
 # %% [markdown]
+# The same dial on three trained models and on the average of their changes, measured with all pairs
+# (`benchmarks/strength.py`, seed 1). Whoever pulls harder is further along its curve, not on a
+# better one: models are compared where they have forgotten equally much. So compared, denoisers
+# that teach together are no better than each alone, and the *average* of three trained models is
+# better than all of them (model soups: what they learnt is common, what they forgot is not).
+
+# %%
+curves = json.loads((ROOT / "benchmarks" / "strength.json").read_text())["rows"]
+average = next(name for name in curves if name.startswith("average"))
+
+
+def gain_where(points, lost=0.5):
+    """Points gained where the subject has lost so many for the first time, by interpolation."""
+    y = [point["unmentioned"]["change"] for point in points]
+    x = [-point["subject"]["change"] for point in points]
+    last = next(i for i, value in enumerate(x) if value >= lost)
+    return float(np.interp(lost, x[last - 1 : last + 1], y[last - 1 : last + 1]))
+
+
+at_half = {name: gain_where(points) for name, points in curves.items()}
+for name, gain_there in at_half.items():
+    print(f"{gain_there:+5.1f} where half a point is lost   {name}")
+assert max(at_half, key=at_half.get) == average
+
+# %%
+figure, axis = plt.subplots(figsize=(6, 3.8))
+for name, points in curves.items():
+    x, y = ([point[key]["change"] for point in points] for key in ("subject", "unmentioned"))
+    label = "average of the three" if name == average else name.removesuffix("-seed1")
+    axis.plot(x, y, "o-", markersize=3, label={"toy_seeds": "flow"}.get(label, label))
+axis.axvline(-0.5, color="black", linewidth=0.5)
+axis.set(xlabel="change in subject zero-shot, points", ylabel="change in unmentioned pairs")
+axis.legend()
+figure.tight_layout()
+
+# %% [markdown]
 # ## Why not train the weights themselves?
 #
 # "Rapid updates", says the paper. AdamW moves every number it trains by about the learning rate per
