@@ -46,7 +46,7 @@ LIMIT = 2**16
 SIGNALS = {"stop": signal.SIGTERM, "interrupt": signal.SIGINT}
 STRUCK = "struck"
 # Parts of temporary names that differ from run to run.
-RANDOM = re.compile(r"[0-9a-f]{32}|(?<=\.tmp)[0-9A-Za-z]{6}$")
+RANDOM = re.compile(r"[0-9a-f]{32}|(?<=\.)[0-9a-f]{8}(?=\.tmp$)")
 
 
 class Disk:

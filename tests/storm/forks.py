@@ -52,12 +52,12 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
-        """What it said, without progress bars, which redraw one line."""
-        lines = [line.split("\r")[-1] for line in self.said.splitlines()]
-        return [line for line in lines if line.strip() and not BAR.search(line)]
+        """What it said, without progress bars."""
+        without = BAR.sub("\n", self.said.replace("\r", "\n"))
+        return [line.strip() for line in without.splitlines() if line.strip()]
 
 
-BAR = re.compile(r"\d+%\||\d+(\.\d+)?[kM]?/\d+(\.\d+)?[kM]? \[")
+BAR = re.compile(r"^[^\n]*\d+%\|[^|\n]*\|[^\[\n]*\[[^\]\n]*\]", re.MULTILINE)
 
 
 class Forks:

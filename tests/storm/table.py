@@ -35,6 +35,12 @@ class Row:
     """of one core, all cases together"""
     failures: list[str] = field(default_factory=list)
 
+    def add(self, case: Case, wrong: str, seconds: float) -> None:
+        """Count a case. Args: wrong: what went wrong, "" for nothing."""
+        self.tried += case.count
+        self.seconds += seconds
+        self.failures += [wrong] * bool(wrong)
+
 
 def try_case(case: Case, forks: Forks, folder: Path) -> tuple[str, float]:
     """What went wrong, in a line, or ""; and how many seconds it took.

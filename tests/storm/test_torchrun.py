@@ -24,26 +24,23 @@ BOTH = "torchrun, 2 processes: kill -9 of both, started again: bit-equal"
 AGENT = "torchrun, 2 processes: kill -9 of torchrun: both end with it, started again: bit-equal"
 VICTIMS = {RANK: (["self"], ["1"]), BOTH: (["1", "self"],), AGENT: (["parent"],)}
 RANKS = 2
-SOON = 10.0  # seconds after which a process that should be dead is
+SOON = 10.0  # seconds until a process that should end has done so
 
 
 def cases(forks: Forks, folder: Path) -> list[Case]:
-    """Each victim in each stage of each denoiser, and of a model that is shared out."""
-    found = []
-    flow = PLANS["flow"]
-    for plan in (flow, PLANS["perceiver"], Plan("shared out", (*flow.flags, "--shard"))):
-        measure = undisturbed(forks, plan, folder, RANKS)
-        for stage in (1, 2) if plan.name != "shared out" else (2,):
-            found += of_a_stage(measure, stage)
-    return found
-
-
-def of_a_stage(measure: Undisturbed, stage: int) -> list[Case]:
-    """Every victim, each at another call."""
-    calls = [c for c in measure.calls if f"/stage{stage}/" in c[1] and c[0] != "write"]
+    """Each victim with each denoiser, the one early and the other late; and torchrun's agent with a
+    model that is shared out. (torchrun imports PyTorch three times a start: these are the dear ones.)
+    """
     kills = [(title, victims) for title, all_ in VICTIMS.items() for victims in all_]
-    calls = spread(calls, len(kills))
-    return [case(*kill, measure, call) for kill, call in zip(kills, calls, strict=True)]
+    flow = PLANS["flow"]
+    shared = Plan("shared out", (*flow.flags, "--shard"))
+    found = []
+    for plan, tried in ((flow, kills), (PLANS["perceiver"], kills[::-1]), (shared, kills[-1:])):
+        measure = undisturbed(forks, plan, folder, RANKS)
+        calls = [c for c in measure.calls if "/stage" in c[1] and c[0] != "write"]
+        calls = spread(calls, len(tried) + 2)[1:-1]
+        found += [case(*kill, measure, call) for kill, call in zip(tried, calls, strict=True)]
+    return found
 
 
 def case(title: str, victims: list, measure: Undisturbed, call: tuple) -> Case:
@@ -74,6 +71,8 @@ def check(
     while alive := [rank for rank in range(RANKS) if lives(about / str(rank))]:
         assert time.monotonic() < end, f"rank {alive} lives on"
         time.sleep(0.05)
+    ended = title == RANK or not (folder / "runs/run/enhanced/README.md").exists()
+    assert ended, "the ranks have trained on to the end, though nobody was left to end them"
     runs.goes_on(forks, measure.plan, folder, measure.folder, ranks=RANKS)
 
 
