@@ -2,9 +2,10 @@
 
 `install` puts a thin layer between a process and one folder. Every call by which Python changes a
 disk passes through it: files opened for writing, what is written to them, fsync, rename, unlink,
-mkdir, rmdir, chmod, and safetensors' own writer. (A file that is written is a `FileIO` of ours
-below Python's usual buffers, so a write is counted where the system would be called, with as many
-bytes.) The layer writes a journal, and at one chosen call it does harm:
+mkdir, rmdir, chmod. (A file that is written is a `FileIO` of ours below Python's usual buffers: a
+write is counted where the system would be called, with as many bytes.) Libraries that write without
+Python would pass it by; a test looks that no file of a run does. The layer writes a journal, and at
+one chosen call it does harm:
 
     kill      the process dies there, as by kill -9, before the call or half-way through it
     power     the same, and what was not flushed by fsync is lost: files are cut to what was, and
@@ -41,7 +42,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-NEEDS_SPACE = "open", "write", "save", "mkdir", "fsync"
+NEEDS_SPACE = "open", "write", "mkdir", "fsync"
 LIMIT = 2**16
 SIGNALS = {"stop": signal.SIGTERM, "interrupt": signal.SIGINT}
 STRUCK = "struck"
@@ -180,15 +181,9 @@ class Disk:
                     os.truncate(file, safe)
 
 
-def failure(what: str, number: int, path: str) -> Exception:
-    """The error as the caller would see it."""
-    said = os.strerror(number)
-    if what == "save":
-        from safetensors import SafetensorError
-
-        return SafetensorError(f"Error while serializing: I/O error: {said} (os error {number})")
-    # A write knows an open file, not its name.
-    return OSError(number, said, *([] if what in ("write", "fsync") else [path]))
+def failure(what: str, number: int, path: str) -> OSError:
+    """The error as the caller would see it. (A write knows an open file, not its name.)"""
+    return OSError(number, os.strerror(number), *([] if what in ("write", "fsync") else [path]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -265,7 +260,6 @@ def install(**how) -> Disk:
 
     builtins.open = io.open = open_file
     install_os(disk)
-    install_safetensors(disk)
     return disk
 
 
@@ -336,33 +330,6 @@ def install_os(disk: Disk) -> None:
         changed[name] = of_a_path(name, name.removeprefix("f"))
     for name, function in changed.items():
         setattr(os, name, function)
-
-
-def install_safetensors(disk: Disk) -> None:
-    """Its writer is no Python: it writes a temporary file ".tmp" and six letters beside the target,
-    and renames that. A failure leaves nothing behind, a kill half of that file."""
-    from safetensors import torch as theirs
-
-    save = theirs.serialize_file
-
-    def watched(tensors, filename, metadata=None):
-        whole = disk.path(filename)
-        if not whole:
-            return save(tensors, filename, metadata)
-
-        def half():
-            if disk.harm in ("kill", "power"):
-                beside = os.path.join(os.path.dirname(whole), ".tmpStOrm0")
-                with real.open_file(beside, "wb") as file:
-                    file.write(b"\0" * 1000)
-
-        def act():
-            save(tensors, filename, metadata)
-            disk.safe[os.stat(whole).st_ino] = 0
-
-        return disk.call("save", whole, act, half)
-
-    theirs.serialize_file = watched
 
 
 def calls(journal: Path) -> list[tuple]:

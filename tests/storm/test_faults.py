@@ -40,7 +40,7 @@ def cases(forks: Forks, folder: Path) -> list[Case]:
     short = undisturbed(forks, PLANS["short"], folder)
     found = []
     for title, harm in ((EVERY_FULL, "full"), (EVERY_BROKEN, "broken")):
-        writes = [call for call in short.calls if call[0] in ("write", "save")]
+        writes = [call for call in short.calls if call[0] == "write"]
         found += [case(title, harm, short, call) for call in writes]
     for name, counts in COUNTS.items():
         measure = undisturbed(forks, PLANS[name], folder)

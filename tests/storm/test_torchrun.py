@@ -29,7 +29,7 @@ SOON = 10.0  # seconds until a process that should end has done so
 
 def cases(forks: Forks, folder: Path) -> list[Case]:
     """Each victim with each denoiser, the one early and the other late; and torchrun's agent with a
-    model that is shared out. (torchrun imports PyTorch three times a start: these are the dear ones.)
+    model that is shared out. (Of a start with torchrun three processes import PyTorch.)
     """
     kills = [(title, victims) for title, all_ in VICTIMS.items() for victims in all_]
     flow = PLANS["flow"]
