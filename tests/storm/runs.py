@@ -190,9 +190,11 @@ STARTS = re.compile(r"stage (\d), (\S+): .* trainable parameters, step (\d+) of"
 
 def complaint(ended: Ended) -> str:
     """The one line of a command that could not do its work; anything else that it says beside what
-    a run always says is one too much."""
+    a run always says is one too much. (Without a sample grid a run goes on: if that is all that
+    happened, it is the one line.)"""
     assert "Traceback" not in ended.said, f"a traceback: {ended.said[-1500:]}"
     other = [line for line in ended.lines if not USUAL.match(line)]
+    other = [line for line in other if not line.startswith("no sample grid ")] or other
     assert len(other) == 1, f"{len(other)} lines instead of one: {' / '.join(other[:8])}"
     return other[0]
 

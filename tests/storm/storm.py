@@ -2,6 +2,7 @@
 
     python -m tests.storm.storm                           everything; writes docs/RELIABILITY.md
     python -m tests.storm.storm --only kills --every 10   every tenth case of one part
+    python -m tests.storm.storm --like metrics.jsonl      cases with that in their name
 
 Two cases run at a time, each worker with a nursery of its own. Exit code 1 where any case failed.
 """
@@ -24,7 +25,10 @@ from .forks import ROOT, Forks
 from .table import Case, Row, try_case
 
 # The modules of this package that have cases, in the order of the report.
-PARTS = "test_kills", "test_faults", "test_torchrun", "test_starts", "inputs", "flips", "pictures"
+PARTS = (
+    "test_kills", "test_faults", "test_torchrun", "test_starts",
+    "inputs", "flips", "canaries", "pictures",
+)  # fmt: skip
 REPORT = ROOT / "docs" / "RELIABILITY.md"
 
 
@@ -33,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", action="append", help="a part, like kills; may be repeated")
     parser.add_argument("--every", type=int, default=1, help="only every so manieth case of a part")
+    parser.add_argument("--like", default="", help="only cases with these words in their name")
     parser.add_argument("--workers", type=int, default=2, help="cases at a time")
     asked = parser.parse_args()
     wanted = [part for part in PARTS if not asked.only or part.removeprefix("test_") in asked.only]
@@ -40,20 +45,20 @@ def main() -> int:
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="storm"))
     try:
-        found = storm(parts, folder, asked.every, asked.workers)
+        found = storm(parts, folder, asked)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     minutes = (time.monotonic() - started) / 60
     failures = [line for rows in found.values() for row in rows for line in row.failures]
     print(*map(as_table, found.values()), *failures, f"{minutes:.1f} minutes", sep="\n")
-    if not asked.only and asked.every == 1:
+    if not asked.only and not asked.like and asked.every == 1:
         REPORT.write_text(report(found, minutes, asked.workers), encoding="utf-8")
         print(REPORT)
     return 1 if failures else 0
 
 
-def storm(parts: list[str], folder: Path, every: int, workers: int) -> dict[str, list[Row]]:
-    """Try every so manieth case of each part, and say so as they end. Returns: rows by part."""
+def storm(parts: list[str], folder: Path, asked: argparse.Namespace) -> dict[str, list[Row]]:
+    """Try the cases that are asked for, and say so as they end. Returns: rows by part."""
     own, made, found = local(), [], {}
 
     def begin() -> None:
@@ -63,7 +68,8 @@ def storm(parts: list[str], folder: Path, every: int, workers: int) -> dict[str,
     def listed(part: str) -> list[Case]:
         shared = folder / part
         shared.mkdir()
-        return importlib.import_module(f".{part}", __package__).cases(own.forks, shared)[::every]
+        cases = importlib.import_module(f".{part}", __package__).cases(own.forks, shared)
+        return [case for case in cases if asked.like in case.name][:: asked.every]
 
     def run(case: Case, here: Path) -> tuple[str, float]:
         result = try_case(case, own.forks, here)
@@ -71,7 +77,7 @@ def storm(parts: list[str], folder: Path, every: int, workers: int) -> dict[str,
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         return result
 
-    with ThreadPoolExecutor(workers, initializer=begin) as pool:
+    with ThreadPoolExecutor(asked.workers, initializer=begin) as pool:
         for part in parts:
             cases = pool.submit(listed, part).result()
             jobs = [pool.submit(run, c, folder / f"{part}_{i}_") for i, c in enumerate(cases)]
