@@ -82,6 +82,7 @@ def undisturbed(forks: Forks, plan: Plan, folder: Path, ranks: int = 1) -> Undis
 # ------------------------------------------------------------------------------------------------
 TIMES = {"images_per_s", "memory_gb"}  # of a line of metrics.jsonl
 LOCAL = {"date", "commit"}  # of a stage in config.json
+DRAWN = {"token", "sha256"}  # of a cache's about.json: a number that tells it from others
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -97,8 +98,9 @@ def contents(folder: Path) -> dict[str, object]:
         elif file.name == "config.json":
             stages = json.loads(file.read_text())["stages"].items()
             found[name] = {s: {k: v for k, v in a.items() if k not in LOCAL} for s, a in stages}
-        elif file.name == "about.json":  # of a cache: it has drawn a token of its own
-            found[name] = {k: v for k, v in json.loads(file.read_text()).items() if k != "token"}
+        elif file.name == "about.json":
+            about = json.loads(file.read_text())
+            found[name] = {k: v for k, v in about.items() if k not in DRAWN}
         else:
             found[name] = file.read_bytes()
     return json.loads(json.dumps(found, default=bytes.hex).replace(str(folder), "FOLDER"))

@@ -54,8 +54,8 @@ def spread_out(title: str, harm: str, measure: Undisturbed, count: int) -> list[
     calls = [call for call in measure.calls if call[0] != "write" or not TENSORS.search(call[1])]
     if harm == "full":
         calls = [call for call in calls if call[0] in NEEDS_SPACE]
-    if harm == "limit":  # to be noticed, it must come before something large is written
-        calls = [call for call in calls if "enhanced/lora" not in call[1]][:-6]
+    if harm == "limit":  # before the last large file, or it would not be noticed
+        calls = calls[: [call[1].startswith("runs/run/enhanced/") for call in calls].index(True)]
     if harm == "removed":
         calls = [call for call in calls if call[1].startswith("runs/run/")]
     return [case(title, harm, measure, call) for call in spread(calls, count)]
