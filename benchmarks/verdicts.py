@@ -23,6 +23,7 @@ Letters: R seeds, K pairs.
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -418,7 +419,33 @@ def document() -> str:
     return "\n".join(about).rstrip() + "\n"
 
 
+# ------------------------------------------------------------------------------------------------
+# The README
+# ------------------------------------------------------------------------------------------------
+BLOCK = re.compile(r"(<!-- verdicts -->\n).*?(<!-- end -->)", re.S)
+
+
+def in_short() -> list[str]:
+    """What has been judged, a row each, and what has not."""
+    rows, waiting = [], []
+    for claim, trained, equal in zip(CLAIMS, judge(False), judge(True), strict=True):
+        if trained and equal:
+            verdicts = (f"{one['verdict']} ({one['effect']:+.1f})" for one in (trained, equal))
+            rows.append([claim.title, claim.source.split(";")[0].split(",")[0], *verdicts])
+        else:
+            waiting.append(claim.source.split(";")[0].split(",")[0])
+    lines = table(["claim", "paper", "as trained", "at equal retention"], rows) if rows else []
+    return lines + ([f"\nNot run yet: {'; '.join(waiting)}."] if waiting else [])
+
+
+def refreshed(readme: str) -> str:
+    """The README with these rows."""
+    return BLOCK.sub(lambda found: f"{found[1]}{chr(10).join(in_short())}\n{found[2]}", readme)
+
+
 def write_verdicts() -> None:
-    """The document, and the twelve rows on the terminal."""
+    """The document, the README's rows, and the twelve on the terminal."""
     write_atomically(ROOT / "docs" / "EVIDENCE.md", document())
+    readme = ROOT / "README.md"
+    write_atomically(readme, refreshed(readme.read_text(encoding="utf-8")))
     print("\n".join(summary()))

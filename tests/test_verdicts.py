@@ -167,3 +167,5 @@ def test_every_arm_is_a_command_line_of_train():
 
 def test_evidence_is_what_the_script_makes():
     assert (ROOT / "docs" / "EVIDENCE.md").read_text(encoding="utf-8") == verdicts.document()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == verdicts.refreshed(readme) and "<!-- verdicts -->" in readme
