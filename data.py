@@ -19,11 +19,13 @@ business. This module imports nothing of this project.
 """
 
 import io
+import itertools
 import math
 import os
-import struct
+import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -41,9 +43,14 @@ except ImportError:  # torchvision means to give up its decoders; Pillow's pixel
     decode_jpeg = None
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-# What a damaged picture makes Pillow raise.
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
+# Told by content, whatever the suffix. Pillow reads forty formats more, among them EPS, for which
+# it starts Ghostscript, and others whose decoders nobody has tried to break.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MOST_PIXELS = 120_000_000  # a phone makes 108 millions; Pillow holds four bytes of each, and copies
+MOST_BYTES = 1 << 29  # of a file: what so many pixels take uncompressed
 ORIENTATION = 0x0112  # the EXIF entry that says how the camera was held; 2 to 8: not upright
+UPRIGHT = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = {n: Image.Transpose[turn] for n, turn in enumerate(UPRIGHT.split(), start=2)}
 Key = tuple[int, int]  # (index in the data set, epoch): what a sampler asks of a data set
 
 
@@ -54,8 +61,7 @@ class Paths(Sequence):
     """Many paths below one folder, as one text and the place where each ends.
 
     A Python list of three million paths takes 1.4 GB, and every worker process copies it as soon as
-    it counts references in it. This takes the text's own bytes and 8 more a path, and workers share
-    them.
+    it counts references in it. This takes the text's bytes and 8 a path, and workers share them.
 
     Args: names: relative to `root`; an absolute one stays absolute.
     """
@@ -81,8 +87,7 @@ def find_images(source: str | Path) -> Paths:
     """All images under a folder (sorted, recursive), or those a text file lists, one path a line.
 
     Relative paths in a list are relative to the list. Of a long list, 100 000 paths spread over it
-    are looked for: asking a network disk three million times would take longer than many a run. One
-    that is missing all the same is replaced and named, as any unreadable picture.
+    are looked for; another that is missing is replaced and named, as any unreadable picture.
 
     Raises: FileNotFoundError or ValueError, naming what is missing or empty.
     """
@@ -90,29 +95,24 @@ def find_images(source: str | Path) -> Paths:
     if source.is_dir():
         files = Paths(source, _below(str(source)))
         if not files:
-            raise ValueError(
-                f"data: no images ({', '.join(sorted(SUFFIXES))}) anywhere under folder {source}"
-            )
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise ValueError(f"data: no images ({kinds}) anywhere under folder {source}")
         return files
     if not source.is_file():
         raise FileNotFoundError(f"data: no folder and no file {source}")
     if source.suffix.lower() in SUFFIXES:
-        raise ValueError(
-            f"data: {source} is one {source.suffix} file; give a folder, tar shards, or a text "
-            "file that lists images"
-        )
-    try:
-        with open(source, encoding="utf-8") as lines:
-            files = Paths(source.parent, filter(None, map(str.strip, lines)))
-    except UnicodeDecodeError:
-        raise ValueError(f"data: {source} is not a text file that lists images") from None
+        what = "give a folder, tar shards, or a text file that lists images"
+        raise ValueError(f"data: {source} is one {source.suffix} file; {what}")
+    with open(source, encoding="utf-8", errors="surrogateescape") as lines:  # names are any bytes
+        files = Paths(source.parent, filter(None, map(str.strip, lines)))
+    if any("\0" in name for name in itertools.islice(files, 1000)):
+        raise ValueError(f"data: {source} is not a text file that lists images")
     if not files:
         raise ValueError(f"data: list {source} is empty")
     for index in range(0, len(files), 1 + len(files) // 100_000):
         if not os.path.isfile(files[index]):
-            raise FileNotFoundError(
-                f"data: list {source} names {files[index]}, which does not exist"
-            )
+            what = f"list {source} names {printable(files[index])}"
+            raise FileNotFoundError(f"data: {what}, which does not exist")
     return files
 
 
@@ -163,29 +163,57 @@ class FileList:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        return str(self.files[index])
+        return printable(str(self.files[index]))
 
     def read(self, index: int) -> bytes:
-        with open(self.files[index], "rb") as file:
+        """Raises: OSError, also for what is no file or too large to be a picture."""
+        # Without waiting: a pipe would be opened when somebody writes to it, so perhaps never.
+        with open(os.open(self.files[index], os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_BYTES:
+                raise OSError(f"{self.name(index)} is no file of at most {MOST_BYTES >> 20} MB")
             return file.read()
+
+
+def printable(name: str) -> str:
+    """A name as it can be shown: what would move a terminal's cursor or is no Unicode, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 # ------------------------------------------------------------------------------------------------
 # Pictures
 # ------------------------------------------------------------------------------------------------
+@contextmanager
+def opened(file: str | Path | io.BytesIO) -> Iterator[Image.Image]:
+    """A picture whose header alone was read: one of FORMATS, and of a size that can be held.
+
+    Raises: whatever Pillow does for a damaged picture or none, and that is anything.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        if not 0 < image.width * image.height <= MOST_PIXELS:
+            raise ValueError(f"{image.width} × {image.height} pixels")
+        yield image
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes a picture upright; None where it is, and where its EXIF does not say so well: a
+    camera's notes may be damaged, and the picture is none the worse."""
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # Pillow raises TypeError, struct.error, SyntaxError, KeyError, …
+        return None
+
+
 def decode(encoded: bytes) -> torch.Tensor:
     """Bytes of any picture → upright RGB, uint8 (3, H, W).
 
     Nearly all pictures are plain JPEGs, and torchvision gives Pillow's very pixels in four fifths
     of the time: both stand on libjpeg-turbo. What needs more than decoding (turned by EXIF, CMYK,
-    another format), and what torchvision refuses, is Pillow's. Pillow looks at every header, and
-    refuses bombs.
-
-    Raises: one of BROKEN.
+    another format), and what torchvision refuses, is Pillow's. Raises: as `opened`.
     """
-    with Image.open(io.BytesIO(encoded)) as image:  # reads the header alone
+    with opened(io.BytesIO(encoded)) as image:
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-        if decode_jpeg and plain and image.getexif().get(ORIENTATION, 1) not in range(2, 9):
+        if decode_jpeg and plain and turn_of(image) is None:
             try:
                 # bytearray: PyTorch warns of memory that must not be written
                 data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
@@ -196,10 +224,11 @@ def decode(encoded: bytes) -> torch.Tensor:
 
 
 def load_rgb(file: Path | io.BytesIO) -> Image.Image:
-    """Decode to upright RGB: EXIF orientation applied, palette, CMYK, grey, alpha and 16 bit
-    converted."""
-    with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image)
+    """Upright RGB: palette, CMYK, grey, alpha and 16 bit converted. Raises: as `opened`."""
+    with opened(file) as image:
+        image.load()  # before its EXIF: what follows a PNG's pixels reads them, and hides a fault
+        if (turn := turn_of(image)) is not None:
+            image = image.transpose(turn)
         if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip at 255
             image = Image.fromarray(
                 (np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8)
@@ -215,9 +244,8 @@ def crop_white_bars(image: torch.Tensor) -> torch.Tensor:
     back as it is.
 
     img2dataset's usual recipe pads to a square. The bars carry no content, yet the denoiser would
-    spend a third of its tokens on them and the reconstruction loss would reward CLIP for knowing
-    the aspect ratio. Bars are cut only in pairs of equal height (or width): a photograph of
-    something on white is not a letterbox.
+    spend a third of its tokens on them and reward CLIP for knowing the aspect ratio. Bars are cut
+    only in pairs of equal height (or width): something on white is not a letterbox.
     """
     # 224, not 255: JPEG rings around the edge of a bar.
     content = (image.numpy() < 224).any(axis=0)  # (H, W): not white
@@ -240,8 +268,7 @@ def random_resized_crop(
 
     Ten tries at a box with the drawn area and aspect ratio; else the largest box in the middle
     whose ratio is within [3/4, 4/3]. (With scale_min 0.9 no photograph of 3 : 2 ever fits, so it
-    always loses the same two edges.) Boxes begin and end at whole pixels, as torchvision's do. No
-    flip: a mirrored "facing left" would teach the opposite.
+    always loses the same two edges.) No flip: a mirrored "facing left" would teach the opposite.
     """
     left, top, w, h = crop_box((image.shape[2], image.shape[1]), scale_min, rng)
     box = image[None, :, top : top + h, left : left + w]
@@ -274,23 +301,15 @@ class Pictures(Dataset):
     """Pictures as {"image": uint8 (3, size, size), "index": int, "unreadable": [names]}.
 
     Indexed by (index, epoch): the crop is a pure function of (seed, epoch, index), so it does not
-    matter which worker of which rank makes it. "index" is that of the picture which was read, whose
-    name(index) is asked for only where something went wrong.
+    matter which worker of which rank makes it. "index" is that of the picture which was read.
 
-    Args:
-        source: the encoded pictures by number.
-        scale_min: smallest area of the crop, as a share of the picture.
-        crop_white: cut off the white bars of letterboxed pictures.
+    Args: scale_min: smallest area of the crop, as a share of the picture; crop_white: cut off the
+        white bars of letterboxed pictures.
     Raises: ValueError where not one image in a row of 20 can be read.
     """
 
     def __init__(
-        self,
-        source: Source,
-        size: int,
-        scale_min: float = 0.9,
-        seed: int = 0,
-        crop_white: bool = False,
+        self, source: Source, size: int, scale_min: float = 0.9, seed: int = 0, crop_white=False
     ):
         self.source, self.size, self.scale_min, self.seed = source, size, scale_min, seed
         self.crop_white = crop_white
@@ -309,17 +328,19 @@ class Pictures(Dataset):
             place = (index + attempt) % len(self)
             try:
                 image = decode(self.source.read(place))
-            except BROKEN:
+            except MemoryError:
+                raise  # the machine's fault: with more memory, nothing would stand in for it
+            except Exception as error:  # a hundred kinds: every decoder has its own
                 unreadable.append(self.name(place))
+                why = f"{type(error).__name__}: {error}"
                 continue
             if self.crop_white:
                 image = crop_white_bars(image)
             rng = np.random.default_rng([self.seed, epoch, place])
             image = random_resized_crop(image, self.size, self.scale_min, rng)
             return {"image": image, "index": place, "unreadable": unreadable}
-        raise ValueError(
-            f"data: {len(unreadable)} images in a row cannot be read, from {unreadable[0]} on"
-        )
+        what = f"{len(unreadable)} images in a row cannot be read, from {unreadable[0]} on"
+        raise ValueError(f"data: {what} (the last: {printable(why)})")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -341,7 +362,6 @@ class MicroBatches(Sampler[list[tuple[int, Key]]]):
     Global batch s covers positions s·G … s·G + G − 1 of the endless stream of shuffled epochs. It
     is cut into G / micro pieces, dealt to the ranks in turn. Yields lists of (position, key).
 
-    Args: length: of the data set; seed: of the order.
     Raises: ValueError where the global batch does not divide evenly.
     """
 
@@ -350,10 +370,8 @@ class MicroBatches(Sampler[list[tuple[int, Key]]]):
             raise ValueError("data: there are no pictures")
         together = share.micro_batch * share.ranks
         if share.global_batch % together:
-            raise ValueError(
-                f"global batch {share.global_batch} is no multiple of micro_batch "
-                f"{share.micro_batch} × {share.ranks} ranks"
-            )
+            what = f"micro_batch {share.micro_batch} × {share.ranks} ranks"
+            raise ValueError(f"global batch {share.global_batch} is no multiple of {what}")
         self.length, self.share, self.seed, self.start_step = length, share, seed, start_step
         self.accumulation = share.global_batch // together
 
@@ -384,14 +402,13 @@ class _Positioned(Dataset):
         position, key = request
         try:
             return {"unreadable": [], **self.dataset[key], "position": position}
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             # Raised in a worker process it would reach the user as a traceback in a string.
-            return {"failed": str(error)}
+            return {"failed": str(error) or "data: not enough memory to decode a picture"}
 
 
 def collate(items: list[dict]) -> dict:
-    """Stack tensors, also those one dictionary down; keep names, positions and unreadable files as
-    lists."""
+    """Stack tensors, also those one dictionary down; keep names, positions, … as lists."""
     failed = [item for item in items if "failed" in item]
     if failed:
         return failed[0]
@@ -405,8 +422,7 @@ def collate(items: list[dict]) -> dict:
 
 
 class Names(Sequence):
-    """The names of a batch, looked up when somebody reads them: a name is a file's header or a long
-    path, and only a run that ends in an error wants to know."""
+    """The names of a batch, looked up when somebody reads them, as a run that ends in an error."""
 
     def __init__(self, dataset: Dataset, indices: list[int]):
         self.dataset, self.indices = dataset, indices
@@ -453,9 +469,7 @@ class CachedPictures(Dataset):
     Worth it where the same few thousand images are seen many times, as in the toy world: encoding
     an image costs more than a training step on it. Every image keeps the crop of its first epoch.
 
-    Args:
-        dataset: what to hold.
-        encode: images (B, 3, H, W) in [0, 1] → {name: (B, …)}; comes back under "cached".
+    Args: encode: images (B, 3, H, W) in [0, 1] → {name: (B, …)}; comes back under "cached";
         progress: wraps the iterable of chunks (a progress bar).
     """
 

@@ -15,11 +15,10 @@ every bit. Three differences are more than a name or an axis of length 1:
 * CLIP multiplies features by a bare matrix P from the right, x @ P. In transformers it is an
   nn.Linear, which stores W and computes x @ W.T. So W is P transposed.
 * SigLIP's image tower is a timm model. In its pool one learned query looks at all patches, so q is
-  a matrix of its own beside the packed k and v. transformers packs all three here, and only here.
+  a matrix of its own beside the packed k and v. transformers packs all three.
 
-Nothing is guessed, for no error would tell. A model with the wrong activation or epsilon loads
-without a word, and its features are merely worse. No shape tells GELU from QuickGELU. Hence
-open_clip builds the model, and what the tensors do not say is read off its modules.
+Nothing is guessed, for no error would tell: with the wrong activation or epsilon, features are
+merely worse. open_clip builds the model, and what no tensor says is read off its modules.
 
 Letters: D width of a tower, E width of the space that images and texts share, N positions.
 This module imports nothing of this project: copy it freely.
@@ -44,11 +43,16 @@ PREPROCESS = {  # what a kind was trained with, where nothing says otherwise
     "siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"},
 }
 
+# What a config may hand to open_clip, timm and transformers. They take more: `trust_remote_code`
+# runs the Python beside a tokenizer, timm reads "local-dir:…". So texts are plain names.
+ALLOWED = {"act_kwargs": {"approximate"}, "norm_kwargs": {"eps"}}
+ALLOWED["tokenizer_kwargs"] = {"clean", "strip_sep_token", "language"}
+PLAIN = re.compile(r"(\w[\w.-]*/)?[\w.-]*")
 # -- Which tensor becomes which ------------------------------------------------------------------
 # What happens to tensors on their way: open_clip → transformers, and transformers → open_clip.
 CHANGES = {
     "same": (lambda *x: x, lambda *x: x),
-    "transpose": (lambda x: [x.T], lambda x: [x.T]),  # (D, E) ↔ (E, D)
+    "transpose": (lambda *x: [i.T for i in x],) * 2,  # (D, E) ↔ (E, D)
     "unbatch": (lambda x: [x[0]], lambda x: [x[None]]),  # (1, N, D) ↔ (N, D)
     "vector": (lambda *x: [i.reshape(1) for i in x], lambda *x: [i.reshape(()) for i in x]),
     # (3·D, …) ↔ three of (D, …). A bias is packed as a matrix is, hence the dots.
@@ -70,9 +74,8 @@ CLIP = (
     ("same", "visual.class_embedding", "vision_model.embeddings.class_embedding"),
     ("same", "visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
     ("same", "visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
-    ("transpose", "visual.proj", "visual_projection.weight"),
+    ("transpose", "{visual.proj,text_projection}", "{visual,text}_projection.weight"),
     ("same", "{token_embedding.weight,positional_embedding}", TEXT),
-    ("transpose", "text_projection", "text_projection.weight"),
     ("same", "logit_scale", "logit_scale"),
     ("same", "visual.ln_{pre,post}.*", "vision_model.{pre_layrnorm,post_layernorm}.*"),  # sic
     ("same", "ln_final.*", "text_model.final_layer_norm.*"),
@@ -84,9 +87,8 @@ SIGLIP = (
     ("vector", "logit_{scale,bias}", "logit_{scale,bias}"),
     ("pack", "visual.trunk.attn_pool.{q,kv}.*", "vision_model.head.attention.in_proj_*"),
     ("same", "visual.trunk.patch_embed.proj.*", "vision_model.embeddings.patch_embedding.*"),
-    ("same", "visual.trunk.norm.*", "vision_model.post_layernorm.*"),
+    ("same", "visual.trunk.{norm,attn_pool.norm}.*", "vision_model.{post_,head.}layernorm.*"),
     ("same", "visual.trunk.attn_pool.proj.*", "vision_model.head.attention.out_proj.*"),
-    ("same", "visual.trunk.attn_pool.norm.*", "vision_model.head.layernorm.*"),
     ("same", "visual.trunk.attn_pool.mlp.{fc1,fc2}.*", "vision_model.head.mlp.{fc1,fc2}.*"),
     ("same", "text.{ln_final,text_projection}.*", "text_model.{final_layer_norm,head}.*"),
 )
@@ -109,8 +111,7 @@ def kind_of(model: nn.Module) -> str:
 
 def _names(pattern: str) -> list[str]:
     """a.{q,k}.b → a.q.b and a.k.b."""
-    head, _, rest = pattern.partition("{")
-    options, _, tail = rest.partition("}")
+    head, options, tail = re.fullmatch(r"([^{]*){?([^}]*)}?(.*)", pattern).groups()
     return [head + option + tail for option in options.split(",")]
 
 
@@ -133,8 +134,7 @@ def rules_for(model: nn.Module) -> list[tuple[str, list[str], list[str]]]:
 
 def convert(state: dict[str, Tensor], rules: list, export: bool) -> dict[str, Tensor]:
     """All tensors to the other side. Each must be used: one that no rule asks for would be dropped
-    in silence, and the copy would be another model.
-    Args: state: tensors by name; rules: those of `rules_for`; export: open_clip → transformers?
+    in silence, and the copy would be another model. `rules`: those of `rules_for`.
     Returns: tensors by their new names, contiguous: safetensors stores no transposed views.
     Raises: ValueError naming a tensor that is missing or left over."""
     state, result = dict(state), {}
@@ -149,12 +149,26 @@ def convert(state: dict[str, Tensor], rules: list, export: bool) -> dict[str, Te
     return result
 
 
+def check_model_cfg(about: dict, path: str) -> None:
+    """May open_clip be handed this part of a config? Raises: ValueError naming the key if not."""
+    for key, value in about.items():
+        foreign = key not in ALLOWED.get(path.rpartition(".")[2], about)
+        foreign |= key in ("timm_model_pretrained", "hf_model_name") and bool(value)  # fetched
+        foreign |= isinstance(value, str) and not PLAIN.fullmatch(value)
+        foreign |= key == "layers" and not 0 < max([value] if type(value) is int else value) <= 999
+        if foreign:
+            raise ValueError(f"{path}.{key}: {value!r:.60} may not stand in a config")
+        if isinstance(value, dict):
+            check_model_cfg(value, f"{path}.{key}")
+
+
 def build_empty(about: dict, source: str) -> nn.Module:
     """The model that open_clip would build, on the meta device: all modules, but no memory.
     Raises: ValueError if half of the config is missing, or describes nothing that is known."""
     if "vision_cfg" not in about.get("model_cfg", {}) or "preprocess_cfg" not in about:
         raise ValueError(f"{source}: the open_clip config has no model_cfg and preprocess_cfg")
     settings = dict(about["model_cfg"])
+    check_model_cfg(settings, f"{source}: model_cfg")
     # The one key that is no argument: it says that the text tower is a module of its own.
     build = open_clip.CustomTextCLIP if settings.pop("custom_text", False) else open_clip.CLIP
     try:
@@ -166,8 +180,7 @@ def build_empty(about: dict, source: str) -> nn.Module:
 
 def activation_name(blocks: nn.Module) -> str:
     """transformers' name of the activation in the MLPs of a tower's blocks. The module is asked,
-    for open_clip decides in several places: a switch for the whole model, arguments for one tower,
-    or timm's own list. Raises: ValueError for others than GELUs."""
+    for open_clip decides in several places. Raises: ValueError for others than GELUs."""
     _, activation, *_ = blocks[0].mlp.children()  # it follows the first layer in both libraries
     if type(activation).__name__ == "QuickGELU":  # x · sigmoid(1.702 x), in OpenAI's own weights
         return "quick_gelu"
@@ -220,7 +233,6 @@ def transformers_config(model: nn.Module, about: dict, state: dict[str, Tensor])
 
 def open_clip_config(config: dict, folder: Path) -> dict:
     """The open_clip config of a transformers folder: ours if it came from here, else derived.
-    Args: config: its config.json; folder: where preprocessor_config.json may be.
     Raises: ValueError for another kind of model, activation, or size of a SigLIP."""
     if OURS in config:
         return config[OURS]
@@ -240,17 +252,15 @@ def _clip_architecture(config: dict, folder: Path) -> dict:
     activation = vision.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         raise ValueError(f"{folder}: hidden_act {activation!r} has no switch in open_clip")
-    towers = []
     names = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
-    for part, sizes in (vision, (768, 12, 12, 3072)), (text, (512, 12, 8, 2048)):
-        width, layers, heads, hidden = map(part.get, names, sizes)
-        shape = {"width": width, "layers": layers, "heads": heads, "mlp_ratio": hidden / width}
-        towers.append(shape)
-    images, words = towers
+    shapes = zip((vision, text), ((768, 12, 12, 3072), (512, 12, 8, 2048)), strict=True)
+    images, words = (
+        {"width": width, "layers": layers, "heads": heads, "mlp_ratio": hidden / width}
+        for width, layers, heads, hidden in (map(part.get, names, sizes) for part, sizes in shapes)
+    )
     # open_clip wants the width of a head for images, but the number of heads for text
     images["head_width"] = images["width"] // images.pop("heads")
-    images["image_size"] = vision.get("image_size", 224)
-    images["patch_size"] = vision.get("patch_size", 32)
+    images |= {k: vision.get(k, v) for k, v in (("image_size", 224), ("patch_size", 32))}
     words["context_length"] = text.get("max_position_embeddings", 77)
     words["vocab_size"] = text.get("vocab_size", 49408)
     # E, and one switch of the activation for both towers
@@ -263,14 +273,12 @@ def _siglip_architecture(config: dict, folder: Path) -> dict:
     have the sizes of a model that open_clip knows by name; the first one is taken."""
     vision, text = config["vision_config"], config["text_config"]
     width, side = vision.get("hidden_size", 768), vision.get("image_size", 224)  # D equals E
-    length, vocabulary = text.get("max_position_embeddings", 64), text.get("vocab_size", 32000)
+    length, size = text.get("max_position_embeddings", 64), text.get("vocab_size", 32000)
     family = f"patch{vision.get('patch_size', 16)}_siglip"
-    for name in open_clip.list_models():
-        known = open_clip.get_model_config(name)
+    for known in map(open_clip.get_model_config, open_clip.list_models()):
         trunk, words = known["vision_cfg"], known["text_cfg"]
-        sizes = known["embed_dim"], trunk.get("image_size"), words.get("context_length")
-        wanted = sizes == (width, side, length) and words.get("vocab_size") == vocabulary
-        if wanted and family in str(trunk):
+        sizes = trunk.get("image_size"), words.get("context_length"), words.get("vocab_size")
+        if (known["embed_dim"], *sizes) == (width, side, length, size) and family in str(trunk):
             return known
     raise ValueError(f"{folder}: open_clip has no SigLIP {width} wide, {side} px, {length} tokens")
 
@@ -319,9 +327,8 @@ def tokenizer_files(about: dict) -> tuple[dict[str, str | dict], str]:
 
 
 def model_card(library: str, source: str, code: str, about: dict) -> str:
-    """README.md: how to load the model with `library`, then what the card of `source` says, if it
-    has one. Paragraphs and code there that name the other library would be wrong now: left out.
-    Args: source: a spelling of --model, whose folder is not named; code: the line that loads."""
+    """README.md: how to load the model with `library`, by the line `code`; then what the card of
+    `source` says, if it has one, but for what names the other library and would be wrong now."""
     other = "open_clip" if library == "transformers" else "transformers"
     path = Path(source).resolve()
     name = (path.parent if path.name == "enhanced" else path).name  # a run has a name of its own
@@ -349,9 +356,8 @@ def read_open_clip(model: str) -> tuple[dict, nn.Module, list[str]]:
             raise ValueError(f"{model}: {what}")
         beside = "open_clip_config.json", "open_clip_model.safetensors"
         files = map(path.joinpath, beside) if path.is_dir() else (path.with_suffix(".json"), path)
-        config, weights = files
-        about = _read(config)
-        return about, _fill(build_empty(about, model), _read(weights), model), []
+        about, state = map(_read, files)
+        return about, _fill(build_empty(about, model), state, model), []
     about = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": {}}
     empty = build_empty(about, name)
     about["preprocess_cfg"] = dict(PREPROCESS[kind_of(empty)])
@@ -380,8 +386,11 @@ def read_transformers(source: Path) -> tuple[dict, dict[str, Tensor], list[str]]
         raise ValueError(f"{source}: config.json has no vision_config: not a whole CLIP or SigLIP")
     about = open_clip_config(config, source)
     model = build_empty(about, source)
-    # Older versions of transformers also saved these counters: 0, 1, 2, …
-    found = {k: v for k, v in _read_weights(source).items() if not k.endswith(".position_ids")}
+    # All tensors: in one file (read last, it wins), in pieces, or in a pickle. Older versions of
+    # transformers also saved counters, 0, 1, 2, …
+    pieces = [*source.glob("model-*-of-*.safetensors"), *source.glob("model.safetensors")]
+    found = {k: v for p in pieces or [source / "pytorch_model.bin"] for k, v in _read(p).items()}
+    found = {k: v for k, v in found.items() if not k.endswith(".position_ids")}
     _fill(model, convert(found, rules_for(model), export=False), source)
     # A SigLIP of open_clip's list brings timm's activation, which may not be this folder's.
     wanted = config["vision_config"].get("hidden_act")
@@ -417,13 +426,6 @@ def _read(file: Path) -> dict:
         raise ValueError(f"{file} is not {kind} ({error!r:.200})") from None
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a transformers folder: one file (read last, it wins), pieces, or a pickle."""
-    pieces = [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors")]
-    pieces = pieces or [folder / "pytorch_model.bin"]
-    return {k: v for piece in pieces for k, v in _read(piece).items()}
-
-
 def export(model: str | Path, target: Path) -> list[str]:
     """open_clip → transformers folder. All is checked before the first file is written.
     Args: model: any spelling of --model, but transformers' layout.
@@ -451,8 +453,7 @@ def restore(source: Path, target: Path) -> list[str]:
 
 
 def _write(target: Path, files: dict[str, str | dict]) -> None:
-    """Files by name. Each is written under a temporary name and then renamed, which happens at once
-    or not at all: a run that is cut off leaves no half of a file that looks like a whole one."""
+    """Files by name, each written under a temporary name and renamed: never half of one."""
     target.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         temporary = target / f"{name}.tmp{os.getpid()}"
@@ -489,11 +490,10 @@ def main() -> None:
             if source.exists() and source.resolve().is_relative_to(args.out.resolve()):
                 raise ValueError(f"--out {args.out} is --model, or holds it: give another folder")
         print(*way(model, args.out), sep="\n")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # a KeyError says the key and nothing else
-        parser.error(
-            f"{args.model}: {error} is missing" if isinstance(error, KeyError) else str(error)
-        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        parser.error(f"{args.model} has no config of a CLIP: {error!r:.200}")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
 Every evaluation asks the same of a model: encode these pictures, encode these texts, in float32 and
 with the preprocessing that the model was trained with. That takes minutes on real data, and the
 answer is the same tomorrow; so features are kept on the disk, under a name made of the weights,
-the preprocessing and the inputs. A second call on the same weights is quick, a changed weight or
-picture is never mistaken for the old one.
+the preprocessing and the content of the inputs. A second call on the same weights is quick, a
+changed weight or picture is never mistaken for the old one. The file carries a checksum of its own,
+since a disk changes a bit now and then, and one bit of a feature looks like any other.
 
 Letters: K pictures or texts, d width of the joint space, D width of the tower.
 """
 
 import hashlib
-import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,20 @@ import open_clip
 import torch
 from open_clip.transform import image_transform
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 import export_hf
-from pretrained.backbones import ClipInfo, build_clip, describe_clip, load_clip
+from data import opened, printable
+from pretrained.backbones import (
+    ALLOWED,
+    ClipInfo,
+    build_clip,
+    check_finite,
+    describe_clip,
+    load_clip,
+)
 from settings import settings_of_run
 from util.files import fingerprint, save_tensors
 
@@ -113,10 +122,9 @@ class Encoder:
     def _remembered(self, kind: str, inputs: list, encode, batch: int) -> Tensor:
         file = self.cache and self.cache / f"{kind}-{self._digest(kind, inputs)}.safetensors"
         if file and file.is_file():
-            try:
-                return load_file(file)["features"]
-            except Exception:  # a damaged cache is no cache
-                file.unlink()
+            if (kept := read_features(file, len(inputs))) is not None:
+                return kept
+            print(f"{file} is damaged: these features are made again", file=sys.stderr)
         parts = []
         starts = range(0, len(inputs), batch)
         hidden = True if len(starts) < 4 else hide_bar([self])
@@ -125,7 +133,10 @@ class Encoder:
             parts.append(encode(inputs[start : start + batch]).float().cpu())
         features = torch.cat(parts)
         if file:
-            save_tensors({"features": features}, file)
+            try:
+                save_tensors({"features": features}, file, {"sha256": checksum(features)})
+            except (OSError, SafetensorError) as error:  # what was computed is not lost for that
+                print(f"{file} could not be kept ({error})", file=sys.stderr)
         return features
 
     def _digest(self, kind: str, inputs: list) -> str:
@@ -139,9 +150,33 @@ class Encoder:
             elif isinstance(item, np.ndarray):
                 digest.update(repr(item.shape).encode() + item.tobytes())
             else:
-                status = os.stat(item)
-                digest.update(f"{item} {status.st_size} {status.st_mtime_ns}\0".encode())
+                digest.update(hashlib.sha256(picture_bytes(item)).digest())
         return digest.hexdigest()[:24]
+
+
+def checksum(features: Tensor) -> str:
+    """Of every bit of them, and of their shape."""
+    content = features.contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(repr(tuple(features.shape)).encode() + content.tobytes()).hexdigest()
+
+
+def read_features(file: Path, count: int) -> Tensor | None:
+    """What `_remembered` has kept of `count` inputs; None for a damaged file."""
+    try:
+        with safe_open(file, "pt") as content:
+            features, noted = content.get_tensor("features"), content.metadata()["sha256"]
+        whole = features.dtype == torch.float32 and features.ndim == 2 and len(features) == count
+        return features if whole and checksum(features) == noted else None
+    except Exception:  # of a damaged file, anything
+        return None
+
+
+def picture_bytes(file: Path | str) -> bytes:
+    """Raises: ValueError naming a picture that cannot be read."""
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"picture {printable(str(file))} cannot be read ({error})") from None
 
 
 def hide_bar(encoders: Iterable[Encoder]) -> bool | None:
@@ -160,10 +195,13 @@ def open_picture(picture: Picture, decode: bool = True) -> Image.Image:
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
     try:
-        with Image.open(picture) as image:
+        with opened(picture) as image:
             return image.convert("RGB") if decode else image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"picture {picture} cannot be read ({error})") from None
+    except MemoryError:  # the machine's fault, not the picture's
+        raise
+    except Exception as error:  # every decoder has its own kinds
+        why = printable(f"{type(error).__name__}: {error}")
+        raise ValueError(f"picture {printable(str(picture))} cannot be read ({why})") from None
 
 
 def check_pictures(pictures: Iterable[Picture]) -> None:
@@ -215,14 +253,20 @@ def find_tokenizer(info: ClipInfo):
     if info.words:
         return WordTokenizer(info.words, length)
     if name := text.get("hf_tokenizer_name"):
+        more = dict(text.get("tokenizer_kwargs") or {})
+        if wrong := more.keys() - ALLOWED["tokenizer_kwargs"]:
+            raise ValueError(f"model {info.name}: tokenizer_kwargs.{min(wrong)} is not allowed")
+        if mode := text.get("tokenizer_mode"):
+            more["tokenizer_mode"] = mode
         try:
-            more = text.get("tokenizer_kwargs", {})
-            return open_clip.tokenizer.HFTokenizer(name, context_length=length, **more)
+            # False: else transformers would ask whether the tokenizer's own Python may run.
+            more |= {"context_length": length, "trust_remote_code": False}
+            return open_clip.tokenizer.HFTokenizer(name, **more)
         except Exception as error:  # not installed, or no network: many kinds
             raise ValueError(
                 f"model {info.name}: its tokenizer {name} could not be loaded; it needs "
                 f"`pip install transformers sentencepiece` and its files "
-                f"({str(error).splitlines()[0]})"
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
             ) from None
     tokenizer = open_clip.SimpleTokenizer(context_length=length)
     if text.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
@@ -265,7 +309,7 @@ def name_models(models: Sequence[str]) -> dict[str, str]:
     for model in models:
         if not _is_transformers(model):
             describe_clip(model)
-    names = [short_name(model) for model in models]
+    names = [printable(short_name(model)) for model in models]
     return dict(zip(names if len(set(names)) == len(names) else models, models, strict=True))
 
 
@@ -293,7 +337,7 @@ def is_run(folder: Path) -> bool:
     """Has train.py written there? Models in transformers' layout have a config.json, too."""
     try:
         return bool(settings_of_run(folder))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # brackets within brackets, a hundred thousand
         return (folder / "metrics.jsonl").is_file()
 
 
@@ -306,10 +350,14 @@ def _is_transformers(model: str) -> bool:
 def _load(model: str) -> tuple[torch.nn.Module, ClipInfo]:
     if not _is_transformers(model):
         return load_clip(model)
-    about, state, notes = export_hf.read_transformers(Path(model))
+    try:
+        about, state, notes = export_hf.read_transformers(Path(model))
+        info = ClipInfo.from_config(model, about)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{model}: config.json describes no model ({error!r:.200})") from None
     for note in notes:
         print(note)
-    info = ClipInfo.from_config(model, about)
+    check_finite(state, model)
     clip = build_clip(info)
     clip.load_state_dict(state)
     return clip.eval(), info

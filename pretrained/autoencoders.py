@@ -2,14 +2,12 @@
 
 GenHancer never reconstructs pixels. The continuous denoiser works on the latents of a pretrained
 VAE (Alg. 1, line 3: ``x̃_1 = v_ae(x)``), the discrete one on the codebook indices of a pretrained
-VQ-GAN (Alg. 2, line 3: ``x̃, s = vq-gan(x)``). Either throws away what is cheap to paint and
-expensive to predict. Nothing is trained here: this file is two architectures under their
-*published* module names, so that FLUX.1's ``ae.safetensors`` (244 tensors, 83.8 M parameters) and
-taming-transformers' f16 VQ-GANs load with nothing missing and nothing left over.
+VQ-GAN (Alg. 2, line 3: ``x̃, s = vq-gan(x)``). Nothing is trained here: these are two architectures
+under their *published* module names, so that FLUX.1's ``ae.safetensors`` (244 tensors, 83.8 M
+parameters) and taming-transformers' f16 VQ-GANs load with nothing missing and nothing left over.
 
-Both share one convolutional encoder and decoder, the family of the LDM / VQ-GAN line of work; where
-its members differ (latent channels, outputs per channel, attentions), an argument says so. Other
-architectures are plugged in by `register`.
+Both share one convolutional encoder and decoder, of the LDM / VQ-GAN family; where its members
+differ, an argument says so. Other architectures are plugged in by `register`.
 
     encoder:  conv_in → down.0 … down.(n-1) → mid (block, attention, block) → norm, swish, conv_out
     decoder:  conv_in → mid → up.(n-1) … up.0 → norm, swish, conv_out
@@ -28,15 +26,14 @@ kind. This module imports nothing of this project: copy it freely.
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -62,6 +59,14 @@ class AutoencoderConfig:
     """VAE: one over their standard deviation, multiplied"""
 
     def __post_init__(self):
+        """Such a description may come from a stranger's file: one of 10¹² blocks would hang."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            numbers, least = (value, 0) if kind is tuple else ((value,), 1 if kind is int else -1e6)
+            if not all(type(n) in (int, kind) and least <= n <= 1e6 for n in numbers):  # nan, too
+                raise ValueError(f"autoencoder: {field.name} {value!r:.60} cannot be")
+        if not 0 < self.blocks_per_level * len(self.channel_multipliers) <= 1000:
+            raise ValueError("autoencoder: no levels, or more than a thousand blocks")
         for times in self.channel_multipliers:
             if self.base_channels * times % self.groups:
                 width = f"{self.base_channels} base_channels × {times}"
@@ -77,8 +82,7 @@ class AutoencoderConfig:
 class VQGANConfig(AutoencoderConfig):
     """The same with a codebook. The defaults are taming's f16, trained on ImageNet at 256 px.
 
-    Its attention sits "at resolution 16", counted from the nominal 256 px whatever the input is:
-    the last of five levels.
+    Its attention sits "at resolution 16", counted from the nominal 256 px: the last of five levels.
     """
 
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -273,11 +277,8 @@ class VAE(nn.Module):
         return self.latents(*self.moments(images), noise)
 
     def latents(self, mean: Tensor, log_variance: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Raw moments → normalised latents; apart from `encode` so that moments can be cached.
-
-        With unit Gaussian `noise` (B, C, h, w) the posterior is sampled, as the official code does;
-        without, its mean is taken.
-        """
+        """Raw moments → normalised latents; apart from `encode` so that moments can be cached. With
+        unit Gaussian `noise` (B, C, h, w) the posterior is sampled, as the official code does."""
         raw = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
         return (raw - self.config.shift) * self.config.scale
 
@@ -293,11 +294,9 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, rows: int = 1024) -> Tensor
     """Index of the codebook row nearest to each vector. (R, E), (K, E) → (R,).
 
     |z − e|² = |z|² − 2 z·e + |e|², and |z|² is the same for all e: one matrix product decides. It
-    is made `rows` at a time, so that no (R, K) tensor ever exists: 16 images of 384 px and
-    K = 16384 would need 604 MB for it.
+    is made `rows` at a time: for 16 images of 384 px and K = 16384 all would need 604 MB.
     """
-    # TF32 keeps ten bits of a product and bf16 seven: enough for a gradient, not to tell near codes
-    # apart. (The meta device of a plan knows no autocast.)
+    # TF32 and bf16 do not tell near codes apart. (The meta device of a plan knows no autocast.)
     kind, allowed = vectors.device.type, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     exact = torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext()
@@ -341,8 +340,7 @@ class VQGAN(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Loading. Files of this project carry their configuration in the safetensors header; published
-# files do not, and their layout is the default.
+# Loading. Files of this project carry their configuration in the header; published ones do not.
 # ------------------------------------------------------------------------------------------------
 _REGISTERED: dict[str, Callable[[str], nn.Module]] = {}
 
@@ -363,8 +361,7 @@ def register(ending: str, load: Callable[[str], nn.Module]) -> None:
                 return self.model.decode(latents / self.config.scale).sample
         register("diffusion_pytorch_model.safetensors", StableDiffusionVAE)
 
-    Args:
-        ending: of the paths that `load` is for, such as a file's name.
+    Args: ending: of the paths that `load` is for, such as a file's name;
         load: path → module with a dataclass `config` (latent_channels, downsampling), `moments`,
             `latents` and `decode` as in `VAE`; or (codes, code_width, downsampling), `indices`,
             `codebook` and `decode` as in `VQGAN`. It is frozen and set to eval mode here.
@@ -385,8 +382,7 @@ def registered(path: str | Path, *needs: str) -> nn.Module | None:
 
 
 def load_vae(path: str | Path, config: AutoencoderConfig = FLUX_VAE) -> VAE:
-    """A frozen VAE in eval mode from a safetensors file. Raises: FileNotFoundError; ValueError
-    where it is not safetensors, or for the first tensor that does not fit."""
+    """A frozen VAE in eval mode from a safetensors file. Raises: FileNotFoundError, ValueError."""
     if module := registered(path, "config", "moments", "latents", "decode"):
         return module
     state, text = _read("VAE", path, "FLUX.1's is ae.safetensors of its repository")
@@ -399,9 +395,7 @@ def load_vqgan(path: str | Path, config: VQGANConfig = TAMING_VQGAN) -> VQGAN:
     """A frozen VQ-GAN in eval mode: safetensors, or taming's own ``last.ckpt``.
 
     K is read off the file. What trained the VQ-GAN and is no part of it (``loss.*``) is dropped.
-
-    Raises: as `load_vae`; for a ckpt that holds other objects, with the one-time conversion.
-    """
+    Raises: as `load_vae`; for a ckpt that holds other objects, with the one-time conversion."""
     if module := registered(path, "config", "indices", "codebook", "decode"):
         return module
     state, text = _read("VQ-GAN", path, "taming-transformers publishes f16 ones, K 1024 and 16384")
@@ -409,24 +403,34 @@ def load_vqgan(path: str | Path, config: VQGANConfig = TAMING_VQGAN) -> VQGAN:
     if text:
         config = config_from_text(text, VQGANConfig, path)
     elif (codebook := state.get("quantize.embedding.weight")) is not None:
-        config = replace(config, codes=codebook.shape[0])
+        config = replace(config, codes=[*codebook.shape, 0][0])
     return _fit(VQGAN, config, state, path)
 
 
 def published_config(path: str | Path, config: AutoencoderConfig) -> AutoencoderConfig:
-    """The configuration a weights file will have, from its header alone; `config` where the file is
-    absent or published (a VQ-GAN's K is then read off the shape of its codebook)."""
+    """The configuration of a weights file, from its header alone; `config` where the file is absent
+    or published (a VQ-GAN's K is then read off the shape of its codebook)."""
     if module := registered(path, "config"):
         return module.config
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return config
-    with safe_open(path, "pt") as file:
+    with _whole("autoencoder", path), safe_open(path, "pt") as file:
         if text := (file.metadata() or {}).get("autoencoder"):
             return config_from_text(text, type(config), path)
         codebook, names = "quantize.embedding.weight", set(file.keys())
         if isinstance(config, VQGANConfig) and codebook in names:
-            return replace(config, codes=file.get_slice(codebook).get_shape()[0])
+            return replace(config, codes=[*file.get_slice(codebook).get_shape(), 0][0])
     return config
+
+
+@contextmanager
+def _whole(what: str, path: str | Path):
+    """Says in a line that a safetensors file is damaged."""
+    try:
+        yield
+    except SafetensorError as error:
+        what = f"{what} weights: {path} is not a whole safetensors file ({error})"
+        raise ValueError(f"{what}; download it again") from None
 
 
 def _read(what: str, path: str | Path, hint: str) -> tuple[dict[str, Tensor], str]:
@@ -436,19 +440,13 @@ def _read(what: str, path: str | Path, hint: str) -> tuple[dict[str, Tensor], st
         raise FileNotFoundError(f"{what} weights: no file {path}; {hint}")
     if path.suffix in (".ckpt", ".pt", ".pth"):
         return _read_pickle(what, path), ""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata.get("autoencoder", "")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{what} weights: {path} is not a whole safetensors file ({error}); download it again"
-        ) from None
+    with _whole(what, path), safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("autoencoder", "")
+        return {name: file.get_tensor(name) for name in file.keys()}, text  # noqa: SIM118
 
 
 def _read_pickle(what: str, path: Path) -> dict[str, Tensor]:
-    """Tensors of a torch file. Unpickling can run any code that the file's author put there, so
-    only tensors and plain values are let in (weights_only)."""
+    """Tensors of a torch file. Unpickling can run any code: only tensors and plain values pass."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; none of them may end in unpickling
@@ -464,7 +462,8 @@ def _read_pickle(what: str, path: Path) -> dict[str, Tensor]:
             f'source, convert it once, somewhere without secrets: python -c "{once}"'
         ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    pairs = state.items() if isinstance(state, dict) else ()
+    state = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
         raise ValueError(f"{what} weights: {path} holds no tensors by name")
     return state
@@ -479,6 +478,9 @@ def _fit(make: type, config: AutoencoderConfig, state: dict[str, Tensor], path: 
     except RuntimeError as error:  # it names what is missing, left over and of another shape
         first = " ".join(str(error).partition("\n")[2].split())[:300]
         raise ValueError(f"{make.__name__} weights: {path} does not fit: {first} …") from None
+    for name, tensor in module.state_dict().items():
+        if not torch.isfinite(tensor).all():  # else every loss would be NaN, and nobody knew why
+            raise ValueError(f"{make.__name__} weights: {path}: tensor {name} is not finite")
     return module.eval().requires_grad_(False)
 
 
@@ -488,13 +490,11 @@ def config_to_text(config: AutoencoderConfig) -> str:
 
 
 def config_from_text(text: str, kind: type, path: str | Path = "text") -> AutoencoderConfig:
-    """The reverse; JSON has no tuples, so lists are turned back.
-
-    Raises: ValueError where the text describes another kind of model; `path` is where it stood.
-    """
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+    """The reverse; JSON has no tuples, so lists are turned back. Raises: ValueError where the text
+    describes another kind of model, or none; `path` is where it stood."""
     try:
-        return kind(**fields)
-    except TypeError as error:
+        content = json.loads(text).items()
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in content})
+    except (TypeError, AttributeError, RecursionError, ValueError) as error:
         what = f"weights: {path} is of another kind, no {kind.__name__}"
         raise ValueError(f"{what} ({error})") from None

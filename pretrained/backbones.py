@@ -14,6 +14,8 @@ This module imports nothing of this project: copy it freely.
 import difflib
 import functools
 import json
+import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin"}
+# What a model's description may pass on to open_clip, timm and transformers. They take more, and
+# some of it runs programs or opens other files: `trust_remote_code` runs the Python beside a
+# tokenizer, timm reads "local-dir:…" and "hf-hub:…". So what is needed is listed, and the rest is
+# refused by name. (Other keys are checked by open_clip, which knows all of its own.)
+ALLOWED = {
+    "tokenizer_kwargs": {"clean", "strip_sep_token", "language"},
+    "act_kwargs": {"approximate"},
+    "norm_kwargs": {"eps"},
+}
+PLAIN = re.compile(r"(\w[\w.-]*/)?[\w.-]*")  # any text, as in google/mt5-base: no path, no address
+LARGEST, DEEPEST = 10_000_000, 1000  # of any number, and of the layers: a false one would hang
 
 
 @dataclass(frozen=True)
@@ -73,17 +86,58 @@ class ClipInfo:
 
     @classmethod
     def from_config(cls, name: str, about: dict) -> "ClipInfo":
-        """The reverse. Raises: KeyError for a key that is missing."""
-        preprocess = about["preprocess_cfg"]
-        return cls(
-            name,
-            about["model_cfg"],
-            tuple(preprocess["mean"]),
-            tuple(preprocess["std"]),
-            preprocess.get("resize_mode", "shortest"),
-            preprocess.get("interpolation", "bicubic"),
-            tuple(about.get("words", ())),
-        )
+        """The reverse, and the one way in for what a file says of a model.
+
+        Raises: KeyError for a key that is missing, ValueError for one that may not say what it
+            does.
+        """
+        preprocess, words = about["preprocess_cfg"], about.get("words", [])
+        model_cfg = about["model_cfg"]
+        check_model_cfg(model_cfg)
+        for key, lowest in (("mean", -LARGEST), ("std", 1e-6)):
+            values = preprocess[key]
+            if not isinstance(values, (list, tuple)) or len(values) != 3:
+                raise ValueError(f"preprocess_cfg.{key}: expected three numbers")
+            if not all(_is_number(v) and lowest <= v <= LARGEST for v in values):
+                raise ValueError(f"preprocess_cfg.{key}: {values!r:.60} are no {key} of pictures")
+        resize, kind = (preprocess.get(key) for key in ("resize_mode", "interpolation"))
+        if resize not in (None, "shortest", "longest", "squash"):
+            raise ValueError(f"preprocess_cfg.resize_mode: {resize!r:.60} is unknown")
+        if kind not in (None, "bicubic", "bilinear", "random"):
+            raise ValueError(f"preprocess_cfg.interpolation: {kind!r:.60} is unknown")
+        if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
+            raise ValueError("words: expected a list of texts")
+        mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+        about = resize or "shortest", kind or "bicubic", tuple(words)
+        return cls(name, model_cfg, mean, std, *about)
+
+
+def check_model_cfg(about: dict, path: str = "model_cfg") -> None:
+    """May this description of an architecture be handed to open_clip? See ALLOWED.
+
+    Raises: ValueError naming the first key that may not say what it does.
+    """
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: expected an object")
+    for key, value in about.items():
+        here = f"{path}.{key}"
+        if isinstance(value, dict) or value is not None and key.endswith(("_cfg", "_kwargs")):
+            check_model_cfg(value, here)
+            if wrong := min(value.keys() - ALLOWED.get(key, value.keys()), default=None):
+                only = ", ".join(sorted(ALLOWED[key]))
+                raise ValueError(f"{here}.{wrong}: not allowed here, only {only}")
+        if key == "timm_model_pretrained" and value:
+            raise ValueError(f"{here}: must be false, for the weights come with the model")
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, str) and not PLAIN.fullmatch(item):
+                raise ValueError(f"{here}: {item!r:.60} is no plain name")
+            most = DEEPEST if key == "layers" else LARGEST
+            if isinstance(item, (int, float)) and not abs(item) <= most:  # nan, too
+                raise ValueError(f"{here}: {item!r:.60} is out of range")
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def load_clip(model: str) -> tuple[nn.Module, ClipInfo]:
@@ -107,15 +161,23 @@ def load_clip(model: str) -> tuple[nn.Module, ClipInfo]:
                 "tell which it was trained with",
                 file=sys.stderr,
             )
+        state, what = _read(model, weights), f"CLIP {model}: {weights.name}"
+        if info.name == model:
+            # A file's own description: a false size should be told by the file's tensors, before
+            # memory is asked for.
+            with torch.device("meta"):
+                _fill(build_clip(info), state, what)
         clip = build_clip(info)
-        _fill(clip, _read(model, weights), f"CLIP {model}: {weights.name}")
+        _fill(clip, state, what)
+        check_finite(clip.state_dict(), what)
         return clip.eval(), info
     try:
         clip = open_clip.create_model(name, pretrained=tag, weights_only=True)
     except Exception as error:  # open_clip raises many kinds: no network, broken download, …
         raise ValueError(
-            f"CLIP {model!r}: open_clip could not load it ({str(error).splitlines()[0]})"
+            f"CLIP {model!r}: open_clip could not load it ({_first_line(error)})"
         ) from None
+    check_finite(clip.state_dict(), f"CLIP {model!r}")
     return _tokens_first(clip).eval(), info
 
 
@@ -239,7 +301,10 @@ def _unavailable(name: str) -> str:
     try:
         from transformers import AutoConfig
 
-        AutoConfig.from_pretrained(name, local_files_only=True)
+        # Not asked, transformers would ask the user whether the tower's own Python may run.
+        found = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        if hasattr(found, "auto_map"):
+            return "it brings code of its own, which is not run"
     except Exception:  # not installed, not fetched, no such model: many kinds
         return (
             'pip install transformers, and fetch its configuration once: python -c "import '
@@ -296,12 +361,22 @@ def _read(model: str, file: Path) -> dict[str, Tensor]:
             "OpenAI's own archives take the tag instead, as in ViT-L-14-quickgelu:openai"
         ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    pairs = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, Tensor)}
     # DistributedDataParallel's prefix, as training scripts leave it.
-    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    return {k.removeprefix("module."): v for k, v in tensors.items()}
+
+
+def check_finite(state: dict[str, Tensor], what: str) -> None:
+    """Raises: ValueError naming the first tensor that holds NaN or infinity: every feature would be
+    NaN, and the run would say so an hour later, of another file."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{what}: tensor {name} holds numbers that are not finite")
 
 
 def _fill(clip: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """A file's tensors in the place of `clip`'s own, strictly."""
+    """A file's tensors in the place of `clip`'s own, strictly, and in float32."""
     own = clip.state_dict().keys()
     # Old files carry a buffer of position ids that open_clip no longer has.
     state = {k: v.float() for k, v in state.items() if k in own or not k.endswith("position_ids")}

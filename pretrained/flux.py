@@ -46,6 +46,9 @@ def load_flux(path: str | Path, dtype: torch.dtype = torch.float32) -> FlowDenoi
             f"FLUX weights: {path} is not a whole safetensors file ({error}); download it again"
         ) from None
     config = config_of({name: tuple(tensor.shape) for name, tensor in state.items()})
+    for name, tensor in state.items():  # one after the other: all of them fill the memory
+        if not torch.isfinite(tensor.to(dtype)).all():
+            raise ValueError(f"FLUX weights: {path}: tensor {name} is not finite")
     with torch.device("meta"):
         denoiser = FlowDenoiser(config)
     try:  # assign=True puts the file's tensors in the meta ones' place
@@ -60,14 +63,21 @@ def load_flux(path: str | Path, dtype: torch.dtype = torch.float32) -> FlowDenoi
 
 
 def config_of(shapes: dict[str, tuple[int, ...]]) -> FlowDenoiserConfig:
-    """The size of a transformer from its tensors' shapes; FLUX.1-dev's where they do not say."""
+    """The size of a transformer from its tensors' shapes; FLUX.1-dev's where they do not say, and
+    where they say nonsense: then a tensor does not fit, and is named."""
 
     def blocks(kind: str) -> int:
-        numbers = [int(name.split(".")[1]) for name in shapes if name.startswith(f"{kind}_blocks.")]
-        return max(numbers, default=-1) + 1
+        # Counted, not read off the names: a false number would build blocks without end.
+        names = {name.split(".")[1] for name in shapes if name.startswith(f"{kind}_blocks.")}
+        return min(len(names), 1000)
+
+    def matrix(name: str, otherwise: tuple[int, int]) -> tuple[int, int]:
+        found = shapes.get(name, otherwise)
+        return found if len(found) == 2 else otherwise
 
     head = sum(FLUX_TRANSFORMER.axes)
-    width, token = shapes.get("img_in.weight", (FLUX_TRANSFORMER.width, 64))
+    width, token = matrix("img_in.weight", (FLUX_TRANSFORMER.width, 64))
+    width = max(width, head)
     return replace(
         FLUX_TRANSFORMER,
         latent_channels=token // 4,
@@ -75,7 +85,7 @@ def config_of(shapes: dict[str, tuple[int, ...]]) -> FlowDenoiserConfig:
         heads=width // head,
         double_blocks=blocks("double") or FLUX_TRANSFORMER.double_blocks,
         single_blocks=blocks("single") or FLUX_TRANSFORMER.single_blocks,
-        vector_dim=shapes.get("vector_in.in_layer.weight", (0, FLUX_TRANSFORMER.vector_dim))[1],
-        context_dim=shapes.get("txt_in.weight", (0, FLUX_TRANSFORMER.context_dim))[1],
+        vector_dim=matrix("vector_in.in_layer.weight", (0, FLUX_TRANSFORMER.vector_dim))[1],
+        context_dim=matrix("txt_in.weight", (0, FLUX_TRANSFORMER.context_dim))[1],
         guidance="guidance_in.in_layer.weight" in shapes,
     )

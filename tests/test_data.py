@@ -191,14 +191,14 @@ def test_decoding_gives_pillows_very_pixels(monkeypatch):
 
 
 def test_damaged_pictures_are_refused_as_pillow_refuses_them():
-    """Cut anywhere, or with bytes changed: the same pixels, or both refuse, by one of BROKEN."""
+    """Cut anywhere, or with bytes changed: the same pixels, or both refuse."""
     rng = np.random.default_rng(0)
     contents = [content for name, content in photographs() if not name.endswith(".jpg")]
 
     def outcome(read, content):
         try:
             return np.asarray(read(content))
-        except data.BROKEN:
+        except Exception:
             return np.zeros(0)
 
     refused = 0
@@ -220,7 +220,7 @@ def test_a_decompression_bomb_is_refused(tmp_path):
     bomb = bytearray(encoded(Image.new("L", (8, 8))))
     start = bomb.index(b"\xff\xc0")
     bomb[start + 5 : start + 9] = b"\xff\xff\xff\xff"  # 65 535 × 65 535
-    with pytest.raises(data.BROKEN):
+    with pytest.raises(Image.DecompressionBombError):
         data.decode(bytes(bomb))
     (tmp_path / "0.jpg").write_bytes(bomb)
     write_images(tmp_path, 2)

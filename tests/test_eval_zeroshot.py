@@ -223,20 +223,6 @@ def test_captions_without_a_head_with_empty_lines_and_of_one_file_twice(tmp_path
     assert ez.read_captions(str(twice), "").texts == ["a cat", "a dog"]
 
 
-def test_cifar100_as_torchvision_reads_it(tmp_path, monkeypatch):
-    import torchvision.datasets as tv
-
-    class Fake:
-        def __init__(self, root, train):
-            self.data = np.zeros((3, 32, 32, 3), np.uint8)
-            self.targets, self.classes = [0, 1, 1], ["maple_tree", "ray"]
-
-    monkeypatch.setattr(tv, "CIFAR100", Fake)
-    found = ez.read_classes("cifar100", str(tmp_path))
-    assert found.names == ["maple tree", "ray"] and found.labels.tolist() == [0, 1, 1]
-    assert len(found.pictures) == 3 and found.title == "CIFAR-100"
-
-
 # -- real photographs ----------------------------------------------------------------------------
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the photographs in ../shared/data are not here")
 def test_real_photographs_end_to_end(tmp_path):
