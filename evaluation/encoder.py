@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import export_hf
-from data import opened, printable
+from data import opened
 from pretrained.backbones import (
     ALLOWED,
     ClipInfo,
@@ -36,6 +36,7 @@ from pretrained.backbones import (
     load_clip,
 )
 from settings import settings_of_run
+from util.cli import printable
 from util.files import fingerprint, save_tensors
 
 Picture = Path | str | np.ndarray

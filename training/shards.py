@@ -9,8 +9,9 @@ one seek. So the headers are walked once and the three numbers kept, 16 bytes a 
 all of CC3M); after that a folder of shards is as good as a folder of files.
 
 Real shards are not tidy, and none of this may stop a run: members come in any order, captions or
-whole samples are missing, a download was cut, a shard is empty. What could not be used is reported
-in `ShardIndex.problems`.
+whole samples are missing, a download was cut, a shard is empty. Nor are all of them honest: a
+header may claim any size, and is not believed. What could not be used is reported in
+`ShardIndex.problems`.
 
 This module imports nothing of this project: copy it freely.
 """
@@ -22,17 +23,23 @@ import json
 import os
 import re
 import resource
+import stat
 import tarfile
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 LAYOUT = 2  # of the index file; raise it when the content changes
+LARGEST = 1 << 29  # bytes of a picture: 120 million pixels, uncompressed
+HEADERS = 1 << 20  # bytes of all that may stand before one member: its name, and what pax adds
+MOST = 1_000_000  # shards that a pattern may name; the largest public sets have 230 000
 # Shards that a process keeps open: no more than half of what it may open (1024 on most systems).
 LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 HANDLES = min(512, LIMIT // 2) if LIMIT > 0 else 512  # below 0: without limit
@@ -52,7 +59,8 @@ def find_shards(source: str | Path) -> list[Path]:
     """Tar files of a folder or pattern, sorted: ``DIR``, ``DIR/*.tar``,
     ``DIR/{00000..00331}.tar``, ``DIR/{a,b}/0*.tar``.
 
-    Raises: FileNotFoundError naming the pattern, or the part of it, that no file matches.
+    Raises: FileNotFoundError naming the pattern, or the part of it, that no file matches;
+        ValueError as `expand_braces`.
     """
     text = str(source)
     if os.path.isdir(text):
@@ -61,31 +69,64 @@ def find_shards(source: str | Path) -> list[Path]:
     for pattern in expand_braces(text):
         matches = sorted(glob.glob(pattern))
         if not matches:
-            raise FileNotFoundError(f"data: no tar shard {pattern}")
+            raise FileNotFoundError(f"data: no tar shard {shown(pattern)}")
         found += [Path(match) for match in matches]
     return sorted(set(found))
 
 
 def expand_braces(text: str) -> list[str]:
     """``a{0..2}b`` → a0b, a1b, a2b, and ``{x,y}`` → x, y; leading zeros are kept, several braces
-    multiply. A shell does this only to what is not quoted."""
+    multiply. A shell does this only to what is not quoted.
+
+    Raises: ValueError for braces that count down, or stand for more than MOST shards.
+    """
     match = re.search(r"\{([^{}]*)\}", text)
     if not match:
         return [text]
-    inner = match.group(1)
+    inner, many = match.group(1), f"data: {shown(text):.200} stands for more than {MOST:,} shards"
+    if text.count("{") > 50:
+        raise ValueError(many)
     if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
         first, last = numbers.groups()
         width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+        if len(last) > 18 or len(first) > 18 or int(last) - int(first) >= MOST:
+            raise ValueError(many)
+        if int(last) < int(first):
+            raise ValueError(f"data: {{{inner}}} counts down: write {{{last}..{first}}}")
         choices = [str(i).zfill(width) for i in range(int(first), int(last) + 1)]
     else:
         choices = inner.split(",")
-    before, after = text[: match.start()], text[match.end() :]
-    return [before + choice + rest for choice in choices for rest in expand_braces(after)]
+    before, rests = text[: match.start()], expand_braces(text[match.end() :])
+    if len(choices) * len(rests) > MOST:
+        raise ValueError(many)
+    return [before + choice + rest for choice in choices for rest in rests]
+
+
+def shown(text: object) -> str:
+    """A name as it can be printed: what moves a terminal's cursor or is no Unicode, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 # ------------------------------------------------------------------------------------------------
 # Where the pictures lie
 # ------------------------------------------------------------------------------------------------
+class Headers:
+    """A tar file as tarfile may read it: no more than HEADERS bytes from one member to the next. (A
+    long name or a pax header may claim 2⁶² bytes, or bring three gigabytes, and would be read into
+    memory whole. Members themselves are only skipped.)"""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.left = file, HEADERS
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Raises: tarfile.ReadError for more than may be read."""
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise tarfile.ReadError(f"a header of more than {HEADERS >> 20} MB")
+        return self.file.read(size)
+
+
 def scan_shard(path: str | Path) -> tuple[list[int], list[int], str]:
     """Offsets and sizes of a shard's pictures, in the order of the file, and what was wrong ("" if
     nothing was).
@@ -93,30 +134,42 @@ def scan_shard(path: str | Path) -> tuple[list[int], list[int], str]:
     A sample is what shares a key (the name up to its first dot); its first picture counts. Of a cut
     shard, all pictures before the cut are kept.
     """
-    offsets, sizes, keys, problem = [], [], set(), ""
+    offsets, sizes, keys, problem, large = [], [], set(), "", 0
     try:
-        length = os.path.getsize(path)
-        with tarfile.open(path, "r:") as tar:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):  # to open a pipe is to wait for whoever writes to it
+            return [], [], f"{shown(path)} is no file"
+        with open(path, "rb") as file, tarfile.open(fileobj=Headers(file), mode="r:") as tar:
+            place = -1
             for member in tar:
                 tar.members.clear()  # tarfile remembers every header; a shard has 30 000
-                folder, _, name = member.name.rpartition("/")
+                tar.fileobj.left = HEADERS
+                if tar.offset <= place:  # a size below 0: tarfile would come here again and again
+                    raise tarfile.ReadError("a member of negative size")
+                place, (folder, _, name) = tar.offset, member.name.rpartition("/")
                 key, _, suffix = name.partition(".")
                 if not member.isfile() or "." + suffix.lower() not in SUFFIXES:
                     continue
-                if member.offset_data + member.size > length:
+                if member.offset_data + member.size > about.st_size:
                     problem = "is cut off in the middle of a picture"
+                elif member.size > LARGEST:
+                    large += 1
                 elif (folder, key) not in keys:
                     keys.add((folder, key))
                     offsets.append(member.offset_data)
                     sizes.append(member.size)
         if not problem and not ends_well(path):
             problem = "has no end mark, so it was probably cut off"
-    except (tarfile.TarError, EOFError, OSError) as error:
-        problem = problem or f"cannot be read to its end ({error})"
+    except Exception as error:  # of a file that was made to hurt, anything
+        why = shown(error) or type(error).__name__
+        problem = problem or f"cannot be read to its end ({why})"
     if problem:
-        problem = f"{path} {problem}; {len(offsets)} pictures before that are used"
+        problem = f"{shown(path)} {problem}; {len(offsets)} pictures before that are used"
     elif not offsets:
-        problem = f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))})"
+        problem = f"{shown(path)} holds no pictures ({', '.join(sorted(SUFFIXES))})"
+    if large:
+        skipped = f"{large} pictures of more than {LARGEST >> 20} MB are skipped"
+        problem = f"{problem or shown(path)}; {skipped}"
     return offsets, sizes, problem
 
 
@@ -142,16 +195,36 @@ def write_index(path: Path, found: dict) -> bool:
         np.savez(temporary, **{**found, "problems": problems})
         os.replace(temporary, path)
     except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         return False
     return True
 
 
-def read_index(path: Path) -> dict | None:
-    """What `write_index` wrote; None where there is none, or a damaged one."""
+def read_index(path: Path, shards: int = 0) -> dict | None:
+    """What `write_index` wrote; None where there is none, or one that is damaged or false.
+
+    Args: shards: how many there are, for the index of all of them; 0: of one shard.
+    """
+    if not path.is_file():
+        return None
     try:
         with np.load(path, allow_pickle=False) as file:
+            # As np.savez does. What is compressed could be a gigabyte of nothing in a kilobyte.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.zip.infolist()):
+                return None
             found = {name: file[name] for name in file.files}
-        return {**found, "problems": json.loads(found["problems"].tobytes())}
+        problems = json.loads(found.pop("problems").tobytes())
+        found = {"offset": found["offset"], "size": found["size"]} | (
+            {"shard": found["shard"]} if shards else {}
+        )
+        sound = {len(array) for array in found.values()} == {len(found["size"])}
+        for name, array in found.items():
+            whole = array.ndim == 1 and array.dtype.kind == "i"
+            most = {"offset": 1 << 62, "size": LARGEST, "shard": shards - 1}[name]
+            sound &= whole and (not len(array) or array.min() >= 0 and array.max() <= most)
+        sound &= isinstance(problems, list) and all(isinstance(p, str) for p in problems)
+        return {**found, "problems": [shown(p) for p in problems]} if sound else None
     except Exception:  # of a damaged zip, anything: a false length, an unknown compression, …
         return None
 
@@ -203,9 +276,9 @@ class ShardIndex:
         self._open: dict = {}  # number of the shard → its file; the oldest first
         folders = [Path(cache)] if cache else [self.shards[0].parent, temporary_folder()]
         # A shard that was downloaded again has another size or date, and is scanned anew.
-        stamps = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in self.shards]
+        stamps = [stamp(shard) for shard in self.shards]
         wholes = [folder / f".pictures-{digest(stamps)}.npz" for folder in folders]
-        found = next(filter(None, map(read_index, wholes)), None)
+        found = self._known(wholes)
         if found is None:
             parts = [[f / f".pictures-{digest(s)}.part.npz" for f in folders] for s in stamps]
             found = self._scan(parts, wholes, progress, workers)
@@ -217,6 +290,10 @@ class ShardIndex:
         self.problems: list[str] = found["problems"]
         if not len(self):
             raise ValueError(f"data: no pictures in {self.problems[0]}")
+
+    def _known(self, wholes: list[Path]) -> dict | None:
+        """What the first sound index says."""
+        return next(filter(None, (read_index(file, len(self.shards)) for file in wholes)), None)
 
     def _scan(
         self, parts: list[list[Path]], wholes: list[Path], progress: Callable, workers: int
@@ -231,7 +308,7 @@ class ShardIndex:
                 scans = list(progress(pool.map(scan_once, tasks)))
         else:
             scans = [scan_once(task) for task in progress(tasks)]
-        if None in scans and (found := next(filter(None, map(read_index, wholes)), None)):
+        if None in scans and (found := self._known(wholes)):
             return found
         scans = [scan or scan_once((*tasks[i][:2], [])) for i, scan in enumerate(scans)]
         scans = [scans[i] for i in np.argsort(order)]
@@ -249,7 +326,8 @@ class ShardIndex:
         """``SHARD/MEMBER``, read back from the header (512 bytes before the data)."""
         shard = int(self.shard[index])
         header = self._bytes(shard, 100, int(self.offset[index]) - 512)
-        return f"{self.shards[shard]}/{header.split(bytes(1))[0].decode(errors='replace')}"
+        member = header.split(bytes(1))[0].decode(errors="surrogateescape")
+        return shown(f"{self.shards[shard]}/{member}")
 
     def read(self, index: int) -> bytes:
         """The bytes of one picture. Raises: OSError where the shard has shrunk or gone."""
@@ -280,6 +358,15 @@ class ShardIndex:
         return {**vars(self), "_open": {}}  # for a worker that is spawned: open files stay here
 
 
+def stamp(shard: Path) -> tuple[str, int, int]:
+    """Name, size and date; of a link that leads nowhere, its name."""
+    try:
+        about = shard.stat()
+    except OSError:
+        return shard.name, -1, -1
+    return shard.name, about.st_size, about.st_mtime_ns
+
+
 def digest(stamps: Iterable) -> str:
     """Tells whether shards are what they were."""
     return hashlib.sha256(json.dumps([LAYOUT, stamps]).encode()).hexdigest()[:16]
@@ -289,4 +376,6 @@ def temporary_folder() -> Path:
     """A private folder for caches that cannot lie beside their data."""
     folder = Path(tempfile.gettempdir()) / f"genhancer-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():  # whoever made it could put an index of his into it
+        return Path(tempfile.mkdtemp(prefix="genhancer-"))
     return folder
