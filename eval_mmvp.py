@@ -351,7 +351,7 @@ def backbone_of(model: str) -> str:
     """What a run's enhanced model was before; any other model is its own backbone."""
     try:
         return settings_of_run(Path(model).parent).clip
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return model
 
 

@@ -25,7 +25,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.cli import parse_settings, run_command, setting
+from util.cli import parse_settings, printable, run_command, setting
 
 
 # ------------------------------------------------------------------------------------------------
@@ -138,13 +138,15 @@ def read_classes(source: str, root: str) -> Classes:
         )
     pictures, labels = [], []
     for label, directory in enumerate(classes):
-        files = sorted(p for p in directory.rglob("*") if p.suffix.lower() in SUFFIXES)
+        # A file, for a pipe of that name would be waited for.
+        found = (p for p in directory.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        files = sorted(found)
         if not files:
             raise ValueError(f"--classify {source}: class folder {directory.name} has no pictures")
         pictures += files
         labels += [label] * len(files)
-    names = [p.name.replace("_", " ") for p in classes]
-    return Classes(folder.name, pictures, np.array(labels), names)
+    names = [printable(p.name.replace("_", " ")) for p in classes]  # also those that are no UTF-8
+    return Classes(printable(folder.name), pictures, np.array(labels), names)
 
 
 def _torchvision(name: str, root: Path) -> Classes:

@@ -5,15 +5,31 @@
     Karpathy's split   {"images": [{"filename", "split", "sentences": [{"raw"}]}]}; its test part
     Flickr30k          a csv: image_name| comment_number| comment
 
-This module imports nothing of this project.
+Which one a file is, its outermost shape tells; what that format must hold is then checked.
 """
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from evaluation.pairsets import reading
+from util.cli import printable
+from util.schema import check, read_json
+
+OURS = [{"file": str, "captions": [str], ...: object}]
+COCO = {
+    "images": [{"id": (int, str), "file_name": str, ...: object}],
+    "annotations": [{"image_id": (int, str), "caption": str, ...: object}],
+    ...: object,
+}
+KARPATHY = {
+    "images": [
+        {"filename": str, "split?": str, "sentences": [{"raw": str, ...: object}], ...: object}
+    ],
+    ...: object,
+}
 
 
 @dataclass
@@ -48,55 +64,55 @@ def read_captions(source: str, images: str) -> Captions:
     if file.suffix == ".csv":
         found = _captions_csv(file, shape)
     else:
+        content = read_json(file, object, "--captions")
+        if not isinstance(content, list) and not (
+            isinstance(content, dict) and "images" in content
+        ):
+            raise shape
         try:
-            found = _captions_json(json.loads(file.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"--captions {source} is not JSON ({error})") from None
-        except (KeyError, TypeError, AttributeError):
-            raise shape from None
+            found = _captions_json(content)
+        except ValueError as error:
+            raise ValueError(f"--captions {source}: {error}") from None
     found = {name: texts for name, texts in found.items() if texts}
     texts = [text for group in found.values() for text in group]
-    if not texts or not all(isinstance(text, str) for text in [*found, *texts]):
+    if not texts:
         raise shape
     pictures = [folder / name for name in found]
     missing = next((p for p in pictures if not p.is_file()), None)
     if missing:
-        raise FileNotFoundError(
-            f"--captions {source}: picture {missing} is missing; say where they are with --images"
-        )
+        where = f"picture {printable(str(missing))} is missing"
+        raise FileNotFoundError(f"--captions {source}: {where}; say where they are with --images")
     owner = np.repeat(np.arange(len(found)), [len(group) for group in found.values()])
-    return Captions(file.stem, pictures, texts, owner)
+    return Captions(printable(file.stem), pictures, texts, owner)
 
 
-def _captions_json(content) -> dict[str, list[str]]:
-    """File name → its captions.
-
-    Raises: KeyError, TypeError or AttributeError where `content` has another shape.
-    """
-    if isinstance(content, list):  # ours
-        # A text alone would come apart into letters.
-        texts = [[c] if isinstance(c, str) else c for c in (e["captions"] for e in content)]
-        found = {entry["file"]: [] for entry in content}
-        for entry, own in zip(content, texts, strict=True):  # a file may be listed twice
-            found[entry["file"]] += own
-        return found
-    if "annotations" in content:  # COCO
+def _captions_json(content: list | dict) -> dict[str, list[str]]:
+    """File name → its captions. Raises: ValueError naming the place that is of another shape."""
+    found: dict[str, list[str]] = {}
+    if isinstance(content, list):
+        check(content, OURS)
+        for entry in content:  # a file may be listed twice
+            found.setdefault(entry["file"], []).extend(entry["captions"])
+    elif "annotations" in content:
+        check(content, COCO)
         names = {image["id"]: image["file_name"] for image in content["images"]}
-        found: dict[str, list[str]] = {name: [] for name in names.values()}
-        for annotation in content["annotations"]:
+        found = {name: [] for name in names.values()}
+        for number, annotation in enumerate(content["annotations"]):
+            if annotation["image_id"] not in names:
+                raise ValueError(f"annotations[{number}].image_id: no image has that id")
             found[names[annotation["image_id"]]].append(annotation["caption"].strip())
-        return found
-    return {  # Karpathy's split: only its test part
-        image["filename"]: [s["raw"] for s in image["sentences"]]
-        for image in content["images"]
-        if image.get("split", "test") == "test"
-    }
+    else:
+        check(content, KARPATHY)
+        for image in content["images"]:
+            if image.get("split", "test") == "test":  # the part that models are compared on
+                found[image["filename"]] = [sentence["raw"] for sentence in image["sentences"]]
+    return found
 
 
 def _captions_csv(file: Path, shape: ValueError) -> dict[str, list[str]]:
     """Flickr30k's results.csv: ``image_name| comment_number| comment``."""
     found: dict[str, list[str]] = {}
-    with open(file, newline="", encoding="utf-8-sig") as handle:
+    with reading(file, "--captions") as handle:
         for number, row in enumerate(csv.reader(handle, delimiter="|", quoting=csv.QUOTE_NONE)):
             head = number == 0 and not (len(row) > 1 and row[1].strip().isdigit())
             if not row or head:  # an empty line, or the names of the columns

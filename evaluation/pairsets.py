@@ -21,11 +21,21 @@ Paths are relative to the file.
 """
 
 import csv
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TextIO
+
+from util.cli import printable
+from util.schema import read_json as read_checked
 
 MMVP_PAIRS = 135
+# What the formats must hold (util/schema.py).
+ITEM = {"id?": (int, str), "category?": str, "image?": str, "images?": [str], "captions": [str]}
+PAIR_SET = {"name?": str, "template?": str, "items": [ITEM]}
+DOUBTS = {"leave_out?": [(int, str)], "swap?": [(int, str)]}
 IMAGE_FOLDERS = ("MMVP_VLM_Images", "MLLM_VLM Images", "MLLM_VLM_Images")  # all three are about
 
 
@@ -85,23 +95,24 @@ def read_mmvp(folder: str | Path) -> list[Item]:
             f"benchmark: {folder} has none of the image folders {', '.join(IMAGE_FOLDERS)}"
         )
     rows = _read_questions(table)
-    # An incomplete benchmark would still give a percentage, of something else. Refuse it.
-    last = max(rows) + max(rows) % 2
-    absent = sorted(set(range(1, last + 1)) - set(rows))
-    if absent:
-        raise ValueError(
-            f"benchmark: {table} lacks {len(absent)} of the ids 1 to {last}: "
-            f"{', '.join(map(str, absent[:10]))}{' …' if len(absent) > 10 else ''}"
-        )
     if min(rows) < 1:
         raise ValueError(f"benchmark: {table} has id {min(rows)}; ids start at 1")
+    # An incomplete benchmark would still give a percentage, of something else. Refuse it. (What is
+    # absent is counted, not listed: one id of 10¹² would list as many.)
+    last = max(rows) + max(rows) % 2
+    if absent := last - len(rows):
+        first = islice((number for number in range(1, last + 1) if number not in rows), 10)
+        raise ValueError(
+            f"benchmark: {table} lacks {absent} of the ids 1 to {last}: "
+            f"{', '.join(map(str, first))}{' …' if absent > 10 else ''}"
+        )
     items = []
     for first in range(1, last, 2):
         (pattern, left), (other, right) = rows[first], rows[first + 1]
         if pattern != other:
             raise ValueError(
                 f"benchmark: {table}: ids {first} and {first + 1} are a pair of two types, "
-                f"{pattern} and {other}"
+                f"{pattern:.40} and {other:.40}"
             )
         files = tuple(_find_picture(images / pattern, number) for number in (first, first + 1))
         items.append(Item(pattern, files, (left, right), f"{first}-{first + 1}"))
@@ -112,7 +123,7 @@ def _read_questions(table: Path) -> dict[int, tuple[str, str]]:
     """Question ID → (Type, Statement). Statements hold commas and quotes, so only a CSV parser may
     touch them; "utf-8-sig" because some copies went through a spreadsheet."""
     rows: dict[int, tuple[str, str]] = {}
-    with open(table, newline="", encoding="utf-8-sig") as file:
+    with reading(table, "benchmark:") as file:
         reader = csv.DictReader(file)
         missing = {"Question ID", "Type", "Statement"} - set(reader.fieldnames or [])
         if missing:
@@ -121,18 +132,29 @@ def _read_questions(table: Path) -> dict[int, tuple[str, str]]:
             place = f"benchmark: {table} line {reader.line_num}"
             try:
                 number = int(row["Question ID"])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError):  # also of a number of 5000 digits
                 raise ValueError(
-                    f"{place}: Question ID {row['Question ID']!r} is not a number"
+                    f"{place}: Question ID {row['Question ID']!r:.40} is not a number"
                 ) from None
             if number in rows:
                 raise ValueError(f"{place}: id {number} appears twice")
             if not row["Type"] or not row["Statement"]:
                 raise ValueError(f"{place}: id {number} has no Type or no Statement")
-            rows[number] = (row["Type"].strip(), row["Statement"].strip())
+            rows[number] = (printable(row["Type"]), row["Statement"].strip())
     if not rows:
         raise ValueError(f"benchmark: {table} has no rows")
     return rows
+
+
+@contextmanager
+def reading(table: Path, what: str) -> Iterator[TextIO]:
+    """A table of comma- or bar-separated values, opened. Raises: ValueError naming the file where
+    what is read from it is no text or no table."""
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            yield file
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{what} {table} cannot be read as a table ({error})") from None
 
 
 def _find_picture(folder: Path, number: int) -> Path:
@@ -144,31 +166,23 @@ def _find_picture(folder: Path, number: int) -> Path:
 
 def read_json(file: Path) -> PairSet:
     """The format at the top of this file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"benchmark: {file} is not JSON ({error})") from None
-    entries = content.get("items") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries:
+    content = read_checked(file, PAIR_SET, "benchmark:")
+    if not content["items"]:
         raise ValueError(f'benchmark: {file} has no "items"; the format is in pairsets.py')
     template = content.get("template", "{}")
-    if not isinstance(template, str) or "{}" not in template:
-        raise ValueError(f"benchmark: {file}: template {template!r} has no {{}} for the caption")
+    if "{}" not in template:
+        raise ValueError(f"benchmark: {file}: template {template!r:.60} has no {{}} for a caption")
     items, seen = [], set()
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise ValueError(f"benchmark: {file}: item {number} is not an object: {entry!r:.40}")
-        name = str(entry.get("id", number))
-        place = f"benchmark: {file}, item {name}"
+    for number, entry in enumerate(content["items"]):
+        name = printable(str(entry.get("id", number)))
+        place = f"benchmark: {file}, item {name:.60}"
         if name in seen:
             raise ValueError(f"{place}: its id appears twice")
         seen.add(name)
         images = entry.get("images") or ([entry["image"]] if "image" in entry else [])
-        captions = entry.get("captions", [])
-        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-            raise ValueError(f"{place}: images must be a list of files")
-        if not isinstance(captions, list) or not all(c and isinstance(c, str) for c in captions):
-            raise ValueError(f"{place}: captions must be a list of texts")
+        captions = entry["captions"]
+        if not all(captions):
+            raise ValueError(f"{place}: a caption is empty")
         if len(images) == 2 and len(captions) != 2 or len(images) == 1 and len(captions) < 2:
             raise ValueError(
                 f"{place}: {len(images)} image(s) and {len(captions)} caption(s); two images need "
@@ -179,9 +193,10 @@ def read_json(file: Path) -> PairSet:
         files = tuple(file.parent / image for image in images)
         missing = next((f for f in files if not f.is_file()), None)
         if missing:
-            raise FileNotFoundError(f"{place}: picture {missing} is missing")
-        items.append(Item(str(entry.get("category", "all")), files, tuple(captions), name))
-    return PairSet(str(content.get("name", file.stem)), items, template)
+            raise FileNotFoundError(f"{place}: picture {printable(str(missing))} is missing")
+        category = printable(entry.get("category", "all"))
+        items.append(Item(category, files, tuple(captions), name))
+    return PairSet(printable(content.get("name", file.stem)), items, template)
 
 
 def apply_doubts(items: list[Item], file: str | Path) -> list[Item]:
@@ -194,15 +209,13 @@ def apply_doubts(items: list[Item], file: str | Path) -> list[Item]:
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"doubts: no file {file}")
-    try:
-        doubts = json.loads(Path(file).read_text(encoding="utf-8"))
-        out, swap = ({str(n) for n in doubts.get(k, [])} for k in ("leave_out", "swap"))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(f"doubts: {file} is no JSON object of lists ({error})") from None
+    doubts = read_checked(file, DOUBTS, "doubts:")
+    out, swap = ({printable(str(n)) for n in doubts.get(k, [])} for k in ("leave_out", "swap"))
     called = {alias: item.name for item in items for alias in (item.name, *item.name.split("-"))}
     unknown = sorted((out | swap) - called.keys())
     if unknown:
-        raise ValueError(f"doubts: {file} names {', '.join(unknown)}, not in this benchmark")
+        names = f"{', '.join(unknown[:10]):.200}{' …' if len(unknown) > 10 else ''}"
+        raise ValueError(f"doubts: {file} names {names}, not in this benchmark")
     out, swap = {called[n] for n in out}, {called[n] for n in swap}
     kept = [
         Item(i.category, i.images, i.captions[::-1], i.name) if i.name in swap else i

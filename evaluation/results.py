@@ -8,7 +8,8 @@ An evaluation compares models with the first one, so every model but the first g
 own (a model that stands alone gets one, too). Its files share one name, which says what was asked
 and who was compared with: toy-vs-toy-clip.json, .md, and pictures. The same evaluation again
 replaces them. Another evaluation that would have the same name (other prompts, another set of that
-name) gets a number: toy-vs-toy-clip-2.
+name) gets a number: toy-vs-toy-clip-2. That holds for two that run at the same time, too: a name is
+taken by whoever creates its JSON first, with what was asked in it.
 """
 
 import itertools
@@ -17,6 +18,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from uuid import uuid4
 
 from util.files import write_atomically
 
@@ -81,7 +83,8 @@ def reports(
 
 
 def place(folder: Path, name: str, evaluation: dict, taken: Iterable[Path] = ()) -> Path:
-    """The files' common beginning: folder/name, with a number if another evaluation has that.
+    """The files' common beginning: folder/name, with a number if another evaluation has that. It is
+    this evaluation's from now on: the JSON exists, with `evaluation` in it and no figures yet.
 
     Args: evaluation: all that tells it from others, as its JSON holds it under "evaluation";
         taken: places that are given away and not yet written to.
@@ -92,13 +95,32 @@ def place(folder: Path, name: str, evaluation: dict, taken: Iterable[Path] = ())
         if stem in taken:
             continue
         file = with_ending(stem, ".json")
+        if created(file, json.dumps({"evaluation": wanted})):
+            return stem
         try:
             if json.loads(file.read_text(encoding="utf-8"))["evaluation"] == wanted:
                 return stem
-        except FileNotFoundError:
-            return stem
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # somebody else's file
+
+
+def created(file: Path, content: str) -> bool:
+    """Make a new file, whole; False where there is one. Of two that try at once one succeeds, and
+    nobody ever reads half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.link(temporary, file)
+    except FileExistsError:
+        return False
+    except OSError:  # a disk without links: there it is only unlikely that two meet
+        if file.exists():
+            return False
+        write_atomically(file, content)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def with_ending(stem: Path, ending: str) -> Path:

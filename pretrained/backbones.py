@@ -17,7 +17,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import open_clip
@@ -36,6 +36,12 @@ ALLOWED = {
     "norm_kwargs": {"eps"},
 }
 PLAIN = re.compile(r"(\w[\w.-]*/)?[\w.-]*")  # any text, as in google/mt5-base: no path, no address
+NUMBERS = {
+    field.name
+    for kind in (open_clip.model.CLIPVisionCfg, open_clip.model.CLIPTextCfg)
+    for field in fields(kind)
+    if type(field.default) in (int, float)
+} | {"embed_dim"}
 LARGEST, DEEPEST = 10_000_000, 1000  # of any number, and of the layers: a false one would hang
 
 
@@ -100,16 +106,16 @@ class ClipInfo:
                 raise ValueError(f"preprocess_cfg.{key}: expected three numbers")
             if not all(_is_number(v) and lowest <= v <= LARGEST for v in values):
                 raise ValueError(f"preprocess_cfg.{key}: {values!r:.60} are no {key} of pictures")
-        resize, kind = (preprocess.get(key) for key in ("resize_mode", "interpolation"))
-        if resize not in (None, "shortest", "longest", "squash"):
+        resize = preprocess.get("resize_mode", "shortest")
+        kind = preprocess.get("interpolation", "bicubic")
+        if resize not in ("shortest", "longest", "squash"):
             raise ValueError(f"preprocess_cfg.resize_mode: {resize!r:.60} is unknown")
-        if kind not in (None, "bicubic", "bilinear", "random"):
+        if kind not in ("bicubic", "bilinear", "random"):
             raise ValueError(f"preprocess_cfg.interpolation: {kind!r:.60} is unknown")
         if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
             raise ValueError("words: expected a list of texts")
         mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
-        about = resize or "shortest", kind or "bicubic", tuple(words)
-        return cls(name, model_cfg, mean, std, *about)
+        return cls(name, model_cfg, mean, std, resize, kind, tuple(words))
 
 
 def check_model_cfg(about: dict, path: str = "model_cfg") -> None:
@@ -134,6 +140,8 @@ def check_model_cfg(about: dict, path: str = "model_cfg") -> None:
             most = DEEPEST if key == "layers" else LARGEST
             if isinstance(item, (int, float)) and not abs(item) <= most:  # nan, too
                 raise ValueError(f"{here}: {item!r:.60} is out of range")
+            if isinstance(item, bool) and key in NUMBERS:  # Python would take true for 1
+                raise ValueError(f"{here}: expected a number, found {item}")
 
 
 def _is_number(value) -> bool:

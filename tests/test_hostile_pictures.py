@@ -241,3 +241,22 @@ def test_hundreds_of_mutated_pictures_end_no_run(tmp_path):
             assert item["image"].shape == (3, 8, 8) and item["image"].dtype == torch.uint8
             refused += bool(item["unreadable"])
     assert 80 < refused < 380
+
+
+# -- folders of classes --------------------------------------------------------------------------
+def test_classes_may_hold_and_be_called_anything(tmp_path):
+    """What is no file is passed over; a name that is no Unicode is a class like any other."""
+    from eval_zeroshot import read_classes
+
+    for name in (b"caf\xe9", b"a_\x1b[2J", b"plain"):
+        folder = tmp_path / os.fsdecode(name)
+        folder.mkdir()
+        noise().save(folder / "0.png")
+    os.mkfifo(folder / "1.jpg")
+    (folder / "2.jpg").mkdir()
+    (folder / "3.jpg").symlink_to("3.jpg")
+    (folder / "again").symlink_to(folder)
+    found = read_classes(str(tmp_path), "")
+    assert sorted(found.names) == ["a \\x1b[2J", "caf\\udce9", "plain"]
+    assert len(found.pictures) == 3
+    check_pictures(found.pictures)
