@@ -44,6 +44,8 @@ from pathlib import Path
 
 NEEDS_SPACE = "open", "write", "mkdir", "fsync"
 LIMIT = 2**16
+# Python's own from 3.14 on, and before 8 kB: the same bytes in fewer calls, all of which can be tried.
+BUFFER = 2**17
 SIGNALS = {"stop": signal.SIGTERM, "interrupt": signal.SIGINT}
 STRUCK = "struck"
 # Parts of temporary names that differ from run to run.
@@ -250,7 +252,7 @@ def install(**how) -> Disk:
         raw = WatchedFile(file, mode.replace("b", "").replace("t", ""), closefd, opener)
         if buffering == 0:
             return raw
-        size = buffering if buffering > 1 else io.DEFAULT_BUFFER_SIZE
+        size = buffering if buffering > 1 else BUFFER
         buffered = io.BufferedRandom(raw, size) if "+" in mode else io.BufferedWriter(raw, size)
         if "b" in mode:
             return buffered
