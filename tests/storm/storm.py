@@ -109,7 +109,8 @@ def report(found: dict[str, list[Row]], minutes: float, workers: int) -> str:
     runs = sum(row.tried for part in PARTS[:4] for row in found.get(part, []))
     sections = []
     for part, rows in found.items():
-        title, _, text = sys.modules[f"{__package__}.{part}"].__doc__.partition("\n\n")
+        module = importlib.import_module(f".{part}", __package__)
+        title, _, text = module.__doc__.partition("\n\n")
         sections.append(f"## {' '.join(title.split())}\n\n{text.strip()}\n\n{as_table(rows)}\n")
     return f"""# Reliability
 
