@@ -73,7 +73,7 @@ def sound() -> dict[str, bytes]:
         "ICO": (("RGBA", {}),), "JPEG2000": (("RGB", {}),), "PPM": (("RGB", {}), ("1", {})),
         "TGA": (("RGB", {}), ("RGBA", {"compression": "tga_rle"})), "PCX": (("P", {}),),
         "MPO": (("RGB", {"save_all": True, "append_images": [full.convert("RGB")]}),),
-        "SGI": (("RGB", {}),), "QOI": (("RGB", {}),), "IM": (("RGB", {}),),
+        "SGI": (("RGB", {}),), "QOI": (("RGB", {}),),
     }  # fmt: skip
     found = {}
     for kind, variants in ways.items():
