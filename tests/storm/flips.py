@@ -121,7 +121,9 @@ def cases(forks: Forks, folder: Path, titles: tuple[str, ...] = ()) -> list[Case
         assert ended.code == 0, f"code {ended.code}: {ended.said}"
         expected = kind.result(straight)
         files = sorted(file for pattern in kind.files for file in start.glob(pattern))
-        assert files, f"{kind.title}: nothing to damage"
+        read = sorted(file for pattern in kind.files for file in straight.glob(pattern))
+        # Had the copy not been taken for the same, others would lie beside them.
+        assert len(read) == len(files) > 0, f"{kind.title}: not read again"
         rng = random.Random(kind.title)
         for number in range(kind.flips):
             file = files[number % len(files)]
