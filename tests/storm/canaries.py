@@ -17,7 +17,7 @@ import numpy as np
 
 from .forks import ROOT, Forks
 from .inputs import EITHER, problem_of
-from .inputs_world import TINY, json_files, shard
+from .inputs_world import TINY, json_files, make_world, shard
 from .table import Case
 
 MARK = "canary-sang"
@@ -214,11 +214,9 @@ CANARIES = (
 )  # fmt: skip
 
 
-def cases(forks: Forks, folder: Path) -> list[Case]:
-    """As __init__.py has it: one for each canary and command."""
-    from .inputs_world import make_world
-
-    world = make_world(forks, folder)
+def cases(forks: Forks, folder: Path, world: Path | None = None) -> list[Case]:
+    """As __init__.py has it: one for each canary and command; `world` as in inputs.py."""
+    world = world or make_world(forks, folder)
     found = []
     for canary in CANARIES:
         for command in canary.commands:

@@ -44,7 +44,7 @@ from pathlib import Path
 
 NEEDS_SPACE = "open", "write", "mkdir", "fsync"
 LIMIT = 2**16
-# Python's own from 3.14 on; 8 kB before. The same bytes in fewer calls, so that all can be tried.
+# What Python itself has from 3.14 on (8 kB before): the same bytes in fewer calls.
 BUFFER = 2**17
 SIGNALS = {"stop": signal.SIGTERM, "interrupt": signal.SIGINT}
 STRUCK = "struck"

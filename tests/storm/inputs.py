@@ -27,6 +27,9 @@ REACHED = 77  # exit code of a training that came to its first batch
 REFUSED, ACCEPTED, EITHER = "refused", "accepted", "either"
 START = "tests/storm/inputs_start.py"
 SAYS = re.compile(r"^(python -m [\w.]+|\w+\.py): ")
+# The lines of the table.
+FLAGS = "flags, values and paths that are wrong, of all commands: one line; what is right is taken"
+FILES = "files that are wrong in one place, of every kind that is read: one line, or no matter"
 # What must not reach a terminal as it is: a name in a file could rewrite the screen.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 NO_MEMORY = "MemoryError", "not enough memory", "allocate memory", "bad_alloc"
@@ -103,15 +106,14 @@ def problem_of(wanted: str, ended: Ended) -> str:
     return "refuses sense" if wanted == ACCEPTED else ""
 
 
-def cases(forks: Forks, folder: Path) -> list[Case]:
-    """As __init__.py has it."""
+def cases(forks: Forks, folder: Path, world: Path | None = None) -> list[Case]:
+    """As __init__.py has it; `world` is one that is there already."""
     from . import inputs_files, inputs_flags
     from .inputs_world import make_world
 
-    world = make_world(forks, folder)
-    flags = [case_of("wrong flags", asked, world) for asked in inputs_flags.inputs()]
-    files = [case_of("wrong files", asked, world) for asked in inputs_files.inputs(world)]
-    return [*flags, *files]
+    world = world or make_world(forks, folder)
+    flags = [case_of(FLAGS, asked, world) for asked in inputs_flags.inputs()]
+    return flags + [case_of(FILES, asked, world) for asked in inputs_files.inputs(world)]
 
 
 def reached(*_, **__) -> None:

@@ -40,8 +40,8 @@ BESIDE = {
 }
 # Numbers: what is never one, and what no number here can be.
 NO_NUMBER = ("", " ", "many", "0x10", "1,5", "1e", "--1", "1_0_", "٣x", "None", "9" * 5000)
-NO_SETTING = ("nan", "inf", "-inf", "-1", "-0.5", "1e300", "-1e-300")
-EDGES = ("0", "1e-300", "1000000000000", "9223372036854775808", "4294967296")
+NO_SETTING = ("nan", "inf", "-1", "1e300", "1000000000000", "0")
+EDGES = ("-inf", "-0.5", "-1e-300", "1e-300", "9223372036854775808", "4294967296")
 TEXTS = ("", "\x1b[31mred", "line\nline", "bad\udcff", "x" * 5000, "-", "a/../b", "{", "%s%n", "🦆")
 
 
@@ -73,7 +73,7 @@ PLACES = (
 )  # fmt: skip
 MORE_PLACES = ("/dev/null", "/dev/zero", "/proc/self/mem", ".", "..", "~", "http://x/y")
 # What may lie at a flag's path. Whatever is not said here is a mistake. A folder to be written may
-# have any name that a file system takes.
+# have any name that a file system takes; that features cannot be kept is said, and no matter.
 NEW_NAMES = {"nowhere", "nowhere/below", "folder", "new\nline", "esc\x1b[31m", "bad\udcff", "*",
              "{0..3}", "[", "sealed", ".", "..", "~", "http://x/y"}  # fmt: skip
 ANY = {*PLACES, *MORE_PLACES}
@@ -84,11 +84,11 @@ PATHS = {
     },
     "eval_mmvp.py": {
         "benchmark": set(), "model": set(), "doubts": {"sealed.json"}, "runs": ANY,
-        "out": NEW_NAMES, "cache": NEW_NAMES,
+        "out": NEW_NAMES, "cache": ANY,
     },
     "eval_zeroshot.py": {
         "model": set(), "classify": set(), "captions": set(), "root": set(), "runs": ANY,
-        "out": NEW_NAMES, "cache": NEW_NAMES, "images": {".", ".."},
+        "out": NEW_NAMES, "cache": ANY, "images": {".", ".."},
     },
     "toy.pretrain": {"out": NEW_NAMES},
 }  # fmt: skip
@@ -157,7 +157,8 @@ def inputs_of(base: tuple[str, ...], field: dataclasses.Field) -> Iterator[Input
         return
     yield one([flag], REFUSED)
     if kind in (int, float):
-        for text in (*some(NO_NUMBER, flag), *NO_SETTING, *EDGES, *bounds_of(field)):
+        given = (*NO_SETTING, *some((*NO_NUMBER, *EDGES), flag), *bounds_of(field))
+        for text in dict.fromkeys(given):
             yield one([f"{flag}={text}"], sense_of(field, text))
         return
     if choices := field.metadata["choices"]:
@@ -181,9 +182,12 @@ def some(texts: tuple[str, ...], flag: str) -> list[str]:
 def bounds_of(field: dataclasses.Field) -> list[str]:
     """The numbers at a field's bounds and beyond them."""
     notes = field.metadata
-    found = [notes[k] for k in ("at_least", "at_most", "above") if k in notes]
     step = 1 if type(field.default) is int else 0.01
-    return [str(n) for b in found for n in (b, b - step, b + step)]
+    found = [(notes[k], notes[k] + way * step) for k, way in BEYOND.items() if k in notes]
+    return [str(number) for pair in found for number in pair]
+
+
+BEYOND = {"at_least": -1, "at_most": 1, "above": 1}  # above a bound that is no part of its range
 
 
 def sense_of(field: dataclasses.Field, text: str) -> str:

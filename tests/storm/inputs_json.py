@@ -19,7 +19,7 @@ from .inputs_flags import MMVP, ZEROSHOT
 from .inputs_world import TINY, json_files
 from .table import spread
 
-MOST = 80  # wrong ones of a kind: they are many, and all go through one reader
+MOST = 45  # wrong ones of a kind: they are many, and all go through one reader
 PAIRS = (*MMVP[:3], "--runs", "{here}/runs", "--out", "{here}/out", "--cache", "none")
 CAPTIONS = (*ZEROSHOT[:3], *PAIRS[3:], "--images", "{world}", "--captions")
 RESUME = (*TINY, "--runs", "{here}/runs", "--name", "half", "--cache", "{here}/cache")
@@ -202,7 +202,7 @@ def kinds(world: Path) -> Iterator[Kind]:
     near = put_beside("pictures", "wrong.json")
     pair = {
         "": OBJECT, "name": TEXT, "template": TEXT, "items": LIST + "!", "items.*": OBJECT,
-        "items.*.id": "text number", "items.*.category": TEXT, "items.*.images": LIST + "!",
+        "items.*.id": "text number bool", "items.*.category": TEXT, "items.*.images": LIST + "!",
         "items.*.images.*": TEXT + "!", "items.*.image": TEXT + "!",
         "items.*.captions": LIST + "!", "items.*.captions.*": TEXT,
     }  # fmt: skip

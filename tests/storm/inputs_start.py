@@ -23,6 +23,7 @@ STOPS = {
     "train.py": ("training.stages", "Stage.global_batches"),
     "toy.pretrain": ("toy.world", "ToyScenes.scene"),
     "eval_mmvp.py": ("toy.benchmark", "held_out_scenes"),
+    "toy.benchmark": ("toy.world", "draw"),
 }
 
 

@@ -98,7 +98,7 @@ def runs(forks: Forks, folder: Path) -> None:
         [*line, "--name", "done"],
         ["export_hf.py", "--model", clip, "--out", folder / "hf"],
     ):
-        ended = forks.run(command, folder / "said.txt", limit_s=120)
+        ended = forks.run(command, folder / "said.txt", limit_s=300)
         assert ended.code == 0, ended.said
     half = folder / "runs" / "half"
     shutil.copytree(folder / "runs" / "done", half)

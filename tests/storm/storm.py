@@ -51,8 +51,8 @@ def main() -> int:
     minutes = (time.monotonic() - started) / 60
     failures = [line for rows in found.values() for row in rows for line in row.failures]
     print(*map(as_table, found.values()), *failures, f"{minutes:.1f} minutes", sep="\n")
-    if not asked.only and not asked.like and asked.every == 1:
-        REPORT.write_text(report(found, minutes, asked.workers), encoding="utf-8")
+    if not asked.only and not asked.like:
+        REPORT.write_text(report(found, minutes, asked), encoding="utf-8")
         print(REPORT)
     return 1 if failures else 0
 
@@ -102,26 +102,30 @@ def as_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def report(found: dict[str, list[Row]], minutes: float, workers: int) -> str:
+def report(found: dict[str, list[Row]], minutes: float, asked: argparse.Namespace) -> str:
     """docs/RELIABILITY.md: what each part is (the docstring of its module) and its table."""
     tried = sum(row.tried for rows in found.values() for row in rows)
     failed = sum(len(row.failures) for rows in found.values() for row in rows)
     runs = sum(row.tried for part in PARTS[:4] for row in found.get(part, []))
-    sections = []
+    sections, command, said = [], "make storm", ""
+    if asked.every > 1:
+        command = f"python -m tests.storm.storm --every {asked.every}"
+        said = f" **Only one case in {asked.every} was tried this time.**"
     for part, rows in found.items():
-        title, _, text = sys.modules[f"{__package__}.{part}"].__doc__.partition("\n\n")
+        module = importlib.import_module(f".{part}", __package__)
+        title, _, text = module.__doc__.partition("\n\n")
         sections.append(f"## {' '.join(title.split())}\n\n{text.strip()}\n\n{as_table(rows)}\n")
     return f"""# Reliability
 
 What a training run survives, and how that is known. `make storm` kills runs, fills disks, breaks
 calls and feeds rubbish, {tried:,} times; {failed} of these went wrong. `make test` tries a small
-selection. Not edited by hand: the last storm wrote this page.
+selection. Not edited by hand: the last storm wrote this page.{said}
 
 | | |
 |---|---|
-| command | `make storm` |
+| command | `{command}` |
 | date | {time.strftime("%Y-%m-%d")} |
-| hardware | {hardware()}, {workers} cases at a time |
+| hardware | {hardware()}, {asked.workers} cases at a time |
 | versions | Python {platform.python_version()}, PyTorch {version("torch")} |
 | time | {minutes:.0f} minutes |
 | kills, faults and simultaneous starts | {runs:,} |
