@@ -101,7 +101,7 @@ def lives(number: Path) -> bool:
 
 
 def test_no_rank_outlives_torchrun(forks, tmp_path):
-    measure = undisturbed(forks, PLANS["flow"], tmp_path, RANKS)
-    calls = [c for c in measure.calls if "/stage1/" in c[1] and c[0] == "rename"]
-    wrong, _ = try_case(case(AGENT, ["parent"], measure, calls[1]), forks, tmp_path / "case")
+    measure = undisturbed(forks, PLANS["short"], tmp_path, RANKS)
+    [call] = [c for c in measure.calls if "/stage1/" in c[1] and c[0] == "rename"]
+    wrong, _ = try_case(case(AGENT, ["parent"], measure, call), forks, tmp_path / "case")
     assert not wrong, wrong
