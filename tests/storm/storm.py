@@ -72,6 +72,8 @@ def storm(parts: list[str], folder: Path, asked: argparse.Namespace) -> dict[str
         return [case for case in cases if asked.like in case.name][:: asked.every]
 
     def run(case: Case, here: Path) -> tuple[str, float]:
+        if own.forks.nursery.poll() is not None:  # the case before was its end, and has said so
+            begin()
         result = try_case(case, own.forks, here)
         for left in here.parent.glob(f"{here.name}*"):  # and what was noted beside it
             shutil.rmtree(left) if left.is_dir() else left.unlink()
