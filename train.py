@@ -195,6 +195,17 @@ def run_stage(
     def due(step: int, every: int) -> bool:
         return step % every == 0 or step == steps
 
+    def grid(again: bool = False) -> None:
+        """A sample grid; `again`: unless it is there."""
+        picture = stage.folder.parent / "samples" / f"stage{number}_step{stage.done:06d}.png"
+        if again and agreed(picture.is_file(), process):
+            return
+        if process.is_main or settings.shard:
+            runlog.draw_samples(model, dataset, picture, process)
+
+    # A kill between a checkpoint and its grid would have lost the grid.
+    if first and due(first, settings.sample_every):
+        grid(again=True)
     # Alg. 1, lines 2 and 11; Alg. 2, lines 2 and 10
     for pieces in islice(stage.global_batches(dataset), max(0, steps - first)):
         logging = due(stage.done + 1, settings.log_every)
@@ -218,9 +229,7 @@ def run_stage(
         if saving:
             save(stage)
         if due(stage.done, settings.sample_every):
-            picture = stage.folder.parent / "samples" / f"stage{number}_step{stage.done:06d}.png"
-            if process.is_main or settings.shard:
-                runlog.draw_samples(model, dataset, picture, process)
+            grid()
     finish_writing(stage)
     bar.close()
 

@@ -14,6 +14,7 @@ from tiny_runs import TINY, train, train_here
 
 from settings import Settings, settings_of_run
 from training import preflight
+from util.sealed import seal
 
 FULL = ["--preset", "openai-l14-224"]
 PERCEIVER = [*FULL, "--denoiser", "perceiver"]
@@ -258,7 +259,7 @@ def test_fewer_steps_than_are_done_is_a_finished_stage(tmp_path):
 def test_a_state_without_settings_is_named(tmp_path):
     checkpoint = tmp_path / "runs" / "s" / "stage1" / "step_00000006"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text('{"step": 6}')
+    (checkpoint / "state.json").write_text(seal({"step": 6, "files": {}}))
     done, _ = timed("train.py", "--runs", tmp_path / "runs", "--name", "s", *TINY)
     assert done.returncode == 2 and "it has no settings" in done.stderr
 
@@ -269,8 +270,8 @@ def test_a_run_whose_stage_1_is_another_is_not_loaded(straight, tmp_path):
 
     shutil.copytree(straight, tmp_path / "m")
     assert train_here(tmp_path, "other", "--stage", "1", "--seed", "9").returncode == 0
-    newest = "stage1/step_00000006/trained.safetensors"
-    shutil.copy(tmp_path / "other" / newest, tmp_path / "m" / newest)
+    newest = "stage1/step_00000006"
+    shutil.copytree(tmp_path / "other" / newest, tmp_path / "m" / newest, dirs_exist_ok=True)
     load_run(tmp_path / "m", stage=1)
     with pytest.raises(ValueError, match="trained beside other parts .fingerprints: flow.denoiser"):
         load_run(tmp_path / "m", stage=2)

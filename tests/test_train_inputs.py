@@ -234,13 +234,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     file = ckpt.checkpoints_in(tmp_path / "d" / "stage1")[-1] / "trained.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     done = train_here(tmp_path, "d", "--stage", "2")
-    assert (
-        done.returncode == 2 and "is damaged" in done.stderr and "delete this folder" in done.stderr
-    )
+    assert done.returncode == 2 and f"{file.parent.name} is damaged: delete it" in done.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    done = train_here(tmp_path, "n", "--stage1_lr", "1e30", "--stage", "1")
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    clip = torch.nn.utils.clip_grad_norm_
+    broken = lambda *args: clip(*args) * float("inf")  # noqa: E731
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    done = train_here(tmp_path, "n", "--stage", "1")
     assert done.returncode == 2 and "not finite" in done.stderr and "toy scene" in done.stderr
 
 

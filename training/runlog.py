@@ -166,12 +166,15 @@ def read_metrics(run: str | Path, stage: int | None = None) -> dict[str, list]:
 
     Args: stage: its lines only.
     Returns: lists of equal length, in the order of the file; None where a line has no such entry.
-    Raises: FileNotFoundError where `run` has none yet.
+    Raises: FileNotFoundError where `run` has none yet; ValueError where a line is damaged.
     """
     file = Path(run) / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no metrics.jsonl: no run, or none that came so far")
-    lines = [line for line in _lines(file)[0] if stage in (None, line["stage"])]
+    found, damaged = _lines(file)
+    if damaged:
+        raise ValueError(f"{file}: not every line is one of train.py's ({len(damaged)} are not)")
+    lines = [line for line in found if stage in (None, line["stage"])]
     names = dict.fromkeys(name for line in lines for name in line)
     return {name: [line.get(name) for line in lines] for name in names}
 

@@ -195,7 +195,7 @@ def complaint(ended: Ended) -> str:
     a run always says is one too much. (Without a sample grid a run goes on: if that is all that
     happened, it is the one line.)"""
     assert "Traceback" not in ended.said, f"a traceback: {ended.said[-1500:]}"
-    other = [line for line in ended.lines if not USUAL.match(line)]
+    other = complaints(ended)
     other = [line for line in other if not line.startswith("no sample grid ")] or other
     assert len(other) == 1, f"{len(other)} lines instead of one: {' / '.join(other[:8])}"
     return other[0]
@@ -207,3 +207,8 @@ USUAL = re.compile(r"stage \d, |enhanced model: ")
 def tail(ended: Ended) -> str:
     """The end of what a command said."""
     return " / ".join(ended.lines[-12:])
+
+
+def complaints(ended: Ended) -> list[str]:
+    """What a command says beside what a run always says."""
+    return [line for line in ended.lines if not USUAL.match(line)]

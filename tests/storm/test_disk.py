@@ -2,6 +2,7 @@
 
 import errno
 import signal
+from argparse import Namespace
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_a_case_that_fails_in_any_way_is_a_failure_of_that_case(tmp_path):
         row.add(case, *try_case(case, None, tmp_path / str(number)))
     assert row.tried == 30 and row.failures == ["case: two lines", "case: KeyError: 'x'"]
     assert "| row | 30 | 2 |" in as_table([row])
-    page = report({"test_kills": [row]}, 1.0, 2)
+    page = report({"test_kills": [row]}, 1.0, Namespace(every=1, workers=2))
     assert "Killed anywhere" in page and "| row | 30 | 2 |" in page and "of which 2 failed" in page
 
 
