@@ -20,7 +20,7 @@ Letters: K pairs, N scenes, C subjects, H W height and width, d width of the joi
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +90,7 @@ def measure_strengths(
     enhanced_states: Sequence[dict[str, Tensor]],
     strengths: Sequence[float],
     asked: Questions | None = None,
+    enough: Callable[[dict], bool] = lambda row: False,
 ) -> list[dict]:
     """What a blend is worth at each strength s: θ0 + s · mean_i (θ_i − θ0).
 
@@ -97,6 +98,7 @@ def measure_strengths(
         original_state, enhanced_states: whole toy CLIPs by open_clip's names; one or several.
         strengths: from 0 to 2 n for n models, since a weight s / n goes up to 2.
         asked: by default all of `questions`: K = 900 pairs a side, N = 4500 scenes.
+        enough: after a row of which it says so, no stronger one is looked at.
     Returns: for each strength a dict: "strength" s, "weight" s / n, verdicts "unmentioned" (K,),
         "mentioned" (K,) and "subject" (N,), all bool, and "cosine", the mean over scenes of the
         cosine to the original's feature.
@@ -117,6 +119,8 @@ def measure_strengths(
         cosine = F.cosine_similarity(base["features"], found["features"]).mean()
         verdict = {measure: found[measure] for measure in MEASURES}
         rows.append({"strength": strength, "weight": weight, **verdict, "cosine": float(cosine)})
+        if enough(rows[-1]):
+            break
     return rows
 
 

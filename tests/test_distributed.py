@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,23 +158,28 @@ def test_shared_out_and_whole_go_on_from_each_other(tmp_path, tiny):
     # the rounding of a gradient near 0 a rounding of the rate.
     tiny = [*tiny, "--micro_batch", "4", "--lora_dropout", "0"]
     tiny += ["--stage1_lr", "1e-4", "--stage2_lr", "1e-4"]
-    shard, run = ["--shard"], tmp_path / "stopped"
-    runs = {"straight": (2, "straight", shard, []), "first": (2, "stopped", shard, [])}
-    later = {"the same": (2, shard), "four": (4, shard), "whole": (2, []), "alone": (1, [])}
-    spied(tmp_path, runs, tiny)
-    want = {stage: tensors(tmp_path / "straight", stage) for stage in (1, 2)}
-    assert metrics(run) == metrics(tmp_path / "straight")
+    shard, straight, run = ["--shard"], tmp_path / "straight", tmp_path / "stopped"
+    spied(tmp_path, {run.name: (2, run.name, shard, []) for run in (straight, run)}, tiny)
+    want = {stage: tensors(straight, stage) for stage in (1, 2)}
+    assert metrics(run) == metrics(straight)
+    later = {"same": (2, shard), "four": (4, shard), "whole": (2, []), "alone": (1, [])}
+    again = {}
     for label, (ranks, flags) in later.items():
-        for stage, last in ((1, "step_00000006"), (2, "step_00000004")):
-            gone = [run / f"stage{s}" / step for s, step in ((stage, last), (2, "")) if s >= stage]
-            spied(tmp_path, {f"{label} {stage}": (ranks, "stopped", flags, gone[:2])}, tiny)
-            for key, value in tensors(run, stage).items():
-                assert float((value - want[stage][key]).abs().max()) <= 1e-6, (label, key)
-            if label == "the same":
-                assert equal(tensors(run, stage), want[stage])
-                assert equal(
-                    tensors(run, stage, "moments"), tensors(tmp_path / "straight", stage, "moments")
-                )
+        for stage in (1, 2):
+            copy = tmp_path / f"{label}{stage}"
+            shutil.copytree(run, copy)
+            gone = [copy / "stage1" / "step_00000006", copy / "stage2"]
+            gone = gone if stage == 1 else [copy / "stage2" / "step_00000004"]
+            again[copy.name] = (ranks, copy.name, flags, gone)
+    spied(tmp_path, again, tiny)
+    for name in again:
+        stage = int(name[-1])
+        for key, value in tensors(tmp_path / name, stage).items():
+            assert float((value - want[stage][key]).abs().max()) <= 1e-6, (name, key)
+        if name.startswith("same"):
+            assert equal(tensors(tmp_path / name, stage), want[stage])
+            moments = tensors(tmp_path / name, stage, "moments")
+            assert equal(moments, tensors(straight, stage, "moments"))
 
 
 @pytest.mark.parametrize("shard", [[], ["--shard"]])

@@ -61,6 +61,16 @@ def test_a_stage_1_that_is_damaged_is_not_replaced_by_half_a_stage_1(run):
     assert done.returncode == 2 and "step_00000006 is damaged: delete it" in done.stderr
 
 
+def test_what_a_killed_start_had_still_to_drop_goes(run, straight):
+    """A kill after the last checkpoint of a stage, and before the oldest is removed for it. That
+    start's --keep counts, since another one may be given by now."""
+    kept = names(run / "stage1")
+    shutil.copytree(run / "stage1" / "step_00000006", run / "stage1" / "step_00000001")
+    done = train_here(run.parent, "a", "--keep", "9")
+    assert done.returncode == 0, done.stderr
+    assert names(run / "stage1") == kept and names(run) == names(straight)
+
+
 def test_half_a_stage_1_is_refused_unless_it_is_asked_for(run):
     shutil.rmtree(run / "stage2")
     shutil.rmtree(run / "stage1" / "step_00000006")

@@ -71,23 +71,28 @@ def save_checkpoint(
         if not writes:
             return
         with open(temporary / "state.json", "w", encoding="utf-8") as file:
-            file.write(seal({"step": step, **state, "files": hashes}))
+            file.write(seal({"step": step, **state, "keep": keep, "files": hashes}))
             file.flush()
             os.fsync(file.fileno())
         flush_folder(temporary)  # on the disk before the rename makes it visible
         shutil.rmtree(target, ignore_errors=True)
         os.rename(temporary, target)
         flush_folder(folder)
-        for old in checkpoints_in(folder)[:-keep]:
-            # A folder that is half removed must not look like a checkpoint that is damaged.
-            (old / "state.json").unlink()
-            shutil.rmtree(old)
+        drop_older(folder, keep)
     except OSError as error:
         size = sum(map(bytes_of, tensors.values()))
         raise unwritten(target, error, size) from None
     finally:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def drop_older(folder: Path, keep: int) -> None:
+    """All checkpoints but the newest `keep`."""
+    for old in checkpoints_in(folder)[:-keep]:
+        # A folder that is half removed must not look like a checkpoint that is damaged.
+        (old / "state.json").unlink()
+        shutil.rmtree(old)
 
 
 def _write_tensors(

@@ -169,7 +169,7 @@ def begin_or_resume(
     if newest:
         resume(stage, newest)
     if process.is_main:  # nothing was refused: only now is anything written
-        clean(run, folder, damaged)
+        clean(run, folder, newest, damaged)
         if number == 2 and stage.done < settings.steps(number):
             # The card says that the enhanced model is this run's: from here on it is an older one.
             (run / "enhanced" / "README.md").unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def begin_or_resume(
     return stage
 
 
-def clean(run: Path, folder: Path, damaged: list[str]) -> None:
+def clean(run: Path, folder: Path, newest: Path | None, damaged: list[str]) -> None:
     """Remove what killed starts have left half done in a run, and put aside the checkpoints of a
     stage that are `damaged`: they would count as its newest."""
     sweep(run)
@@ -198,6 +198,8 @@ def clean(run: Path, folder: Path, damaged: list[str]) -> None:
     for half in (*folder.glob("tmp_*"), *folder.glob("step_*")):
         if not (half.name.startswith("step_") and (half / "state.json").is_file()):
             shutil.rmtree(half, ignore_errors=True)
+    if newest:  # as its own start would have gone on: this start's --keep may be another one
+        ckpt.drop_older(folder, read_state(newest).get("keep", sys.maxsize))
 
 
 def newest_for_all(folder: Path, process: Process) -> tuple[Path | None, list[str]]:
