@@ -4,6 +4,7 @@ Everything is written so that a kill at any moment leaves it whole, and so that 
 exactly what an undisturbed one would have left.
 """
 
+import errno
 import json
 import math
 import os
@@ -139,10 +140,12 @@ def draw_samples(model: GenHancer, dataset, path: Path, process: Process) -> Non
 def append_metrics(path: Path, line: dict, board=None) -> None:
     """One more line of metrics.jsonl, on the disk when this returns; its numbers on TensorBoard's
     `board` as well. Raises: OSError in one line where the disk is full, or the folder has gone."""
+    data = (json.dumps(line) + "\n").encode()
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+        # Without a buffer: after half a line and an error, one would add the whole line at its end.
+        with open(path, "ab", buffering=0) as file:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
     except OSError as error:
         raise unwritten(path, error) from None
@@ -228,18 +231,22 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
 
 
+def commit() -> str:
+    """The git commit of this code, "" where there is none."""
+    try:
+        command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        return ""
+
+
 def write_config(settings: Settings, stage: int, process: Process, run: Path) -> None:
     """A stage's settings as it was started with them, versions and the git commit, so that a run
     can be told from another. The other stage's stay as they are."""
-    try:
-        command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
-        commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
     about = {
         "settings": of_stage(settings, stage),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit or None,
+        "commit": commit() or None,
         "ranks": process.ranks,
         "device": str(process.device),
         "date": time.strftime("%Y-%m-%d"),

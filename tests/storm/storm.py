@@ -1,15 +1,17 @@
 """All of the storm, and what came of it.
 
     python -m tests.storm.storm                           everything; writes docs/RELIABILITY.md
-    python -m tests.storm.storm --only kills --every 10   every tenth case of one part
-    python -m tests.storm.storm --like metrics.jsonl      cases with that in their name
+    python -m tests.storm.storm --only kills              one part again, the others as they were
+    python -m tests.storm.storm --only kills --every 10   every tenth case of it; writes nothing
+    python -m tests.storm.storm --like metrics.jsonl      cases with that in their name; the same
 
-Two cases run at a time, each worker with a nursery of its own. Exit code 1 where any case failed.
+Two cases run at a time, each worker with a nursery of its own. What came of each part is kept in
+last.json beside this file. Exit code 1 where any case failed.
 """
 
 import argparse
 import importlib
-import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -21,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from threading import local
 
+from training.runlog import commit
+
 from .forks import ROOT, Forks
 from .table import Case, Row, try_case
 
@@ -29,7 +33,7 @@ PARTS = (
     "test_kills", "test_faults", "test_torchrun", "test_starts",
     "inputs", "flips", "canaries", "pictures",
 )  # fmt: skip
-REPORT = ROOT / "docs" / "RELIABILITY.md"
+REPORT, LAST = ROOT / "docs" / "RELIABILITY.md", Path(__file__).with_name("last.json")
 
 
 def main() -> int:
@@ -40,32 +44,37 @@ def main() -> int:
     parser.add_argument("--like", default="", help="only cases with these words in their name")
     parser.add_argument("--workers", type=int, default=2, help="cases at a time")
     asked = parser.parse_args()
-    wanted = [part for part in PARTS if not asked.only or part.removeprefix("test_") in asked.only]
-    parts = [part for part in wanted if importlib.util.find_spec(f"{__package__}.{part}")]
-    started = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="storm"))
+    short = [part.removeprefix("test_") for part in PARTS]
+    if unknown := set(asked.only or []) - set(short):
+        parser.error(f"--only {min(unknown)}: there are {', '.join(short)}")
+    wanted = [
+        part for part, name in zip(PARTS, short, strict=True) if name in (asked.only or short)
+    ]
+    folder, failures = Path(tempfile.mkdtemp(prefix="storm")), []
     try:
-        found = storm(parts, folder, asked)
+        for part in wanted:
+            started = time.monotonic()
+            rows = storm(part, folder, asked)
+            minutes = (time.monotonic() - started) / 60
+            print(as_table(rows), f"{minutes:.1f} minutes", sep="\n", flush=True)
+            failures += [line for row in rows for line in row.failures]
+            if asked.every == 1 and not asked.like:
+                remember(part, rows, minutes, asked.workers)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    minutes = (time.monotonic() - started) / 60
-    failures = [line for rows in found.values() for row in rows for line in row.failures]
-    print(*map(as_table, found.values()), *failures, f"{minutes:.1f} minutes", sep="\n")
-    if not asked.only and not asked.like:
-        REPORT.write_text(report(found, minutes, asked), encoding="utf-8")
-        print(REPORT)
+    print(*failures, f"{len(failures)} cases failed", sep="\n")
     return 1 if failures else 0
 
 
-def storm(parts: list[str], folder: Path, asked: argparse.Namespace) -> dict[str, list[Row]]:
-    """Try the cases that are asked for, and say so as they end. Returns: rows by part."""
-    own, made, found = local(), [], {}
+def storm(part: str, folder: Path, asked: argparse.Namespace) -> list[Row]:
+    """Try the cases of a part that are asked for, and say so as they end."""
+    own, made = local(), []
 
     def begin() -> None:
         own.forks = Forks()
         made.append(own.forks)
 
-    def listed(part: str) -> list[Case]:
+    def listed() -> list[Case]:
         shared = folder / part
         shared.mkdir()
         cases = importlib.import_module(f".{part}", __package__).cases(own.forks, shared)
@@ -79,24 +88,39 @@ def storm(parts: list[str], folder: Path, asked: argparse.Namespace) -> dict[str
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         return result
 
+    rows: dict[str, Row] = {}
     with ThreadPoolExecutor(asked.workers, initializer=begin) as pool:
-        for part in parts:
-            cases = pool.submit(listed, part).result()
-            jobs = [pool.submit(run, c, folder / f"{part}_{i}_") for i, c in enumerate(cases)]
-            rows: dict[str, Row] = {}
-            for number, (case, job) in enumerate(zip(cases, jobs, strict=True), 1):
-                wrong, seconds = job.result()
-                rows.setdefault(case.row, Row(case.row)).add(case, wrong, seconds)
-                print(f"{part} {number}/{len(cases)} {wrong and 'FAILED ' + wrong}", flush=True)
-            found[part] = list(rows.values())
+        cases = pool.submit(listed).result()
+        jobs = [pool.submit(run, case, folder / f"{part}_{i}_") for i, case in enumerate(cases)]
+        for number, (case, job) in enumerate(zip(cases, jobs, strict=True), 1):
+            wrong, seconds = job.result()
+            rows.setdefault(case.row, Row(case.row)).add(case, wrong, seconds)
+            print(f"{part} {number}/{len(cases)} {wrong and 'FAILED ' + wrong}", flush=True)
     for forks in made:
         forks.__exit__()
-    return found
+    return list(rows.values())
 
 
 # ------------------------------------------------------------------------------------------------
 # The report
 # ------------------------------------------------------------------------------------------------
+def remember(part: str, rows: list[Row], minutes: float, workers: int) -> None:
+    """What came of a part, in the place of what came of it before, and the report anew."""
+    found = json.loads(LAST.read_text()) if LAST.is_file() else {}
+    found[part] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit()[:7],
+        "hardware": f"{hardware()}, {workers} cases at a time",
+        "versions": f"Python {platform.python_version()}, PyTorch {version('torch')}",
+        "minutes": round(minutes, 1),
+        "rows": [{"title": r.title, "tried": r.tried, "failures": r.failures} for r in rows],
+    }
+    found = {name: found[name] for name in PARTS if name in found}
+    LAST.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    REPORT.write_text(report(found), encoding="utf-8")
+    print(REPORT, flush=True)
+
+
 def as_table(rows: list[Row]) -> str:
     """Rows of one part as Markdown."""
     lines = ["| what is done, and what must hold | tried | failed |", "|---|---|---|"]
@@ -104,34 +128,35 @@ def as_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def report(found: dict[str, list[Row]], minutes: float, asked: argparse.Namespace) -> str:
-    """docs/RELIABILITY.md: what each part is (the docstring of its module) and its table."""
-    tried = sum(row.tried for rows in found.values() for row in rows)
-    failed = sum(len(row.failures) for rows in found.values() for row in rows)
-    runs = sum(row.tried for part in PARTS[:4] for row in found.get(part, []))
-    sections, command, said = [], "make storm", ""
-    if asked.every > 1:
-        command = f"python -m tests.storm.storm --every {asked.every}"
-        said = f" **Only one case in {asked.every} was tried this time.**"
-    for part, rows in found.items():
+def report(found: dict[str, dict]) -> str:
+    """docs/RELIABILITY.md: what each part is (the docstring of its module), its table, and when
+    it was tried. Args: found: as last.json has it."""
+    rows = {part: [Row(**row) for row in about["rows"]] for part, about in found.items()}
+    tried = {part: sum(row.tried for row in rows[part]) for part in found}
+    failed = sum(len(row.failures) for part in found for row in rows[part])
+    runs = sum(tried.get(part, 0) for part in PARTS[:4])
+    minutes = sum(about["minutes"] for about in found.values())
+    sections, times = [], []
+    for part, about in found.items():
         module = importlib.import_module(f".{part}", __package__)
         title, _, text = module.__doc__.partition("\n\n")
-        sections.append(f"## {' '.join(title.split())}\n\n{text.strip()}\n\n{as_table(rows)}\n")
+        sections.append(
+            f"## {' '.join(title.split())}\n\n{text.strip()}\n\n{as_table(rows[part])}\n"
+        )
+        times.append(
+            f"| {part.removeprefix('test_')} | {tried[part]:,} | {about['minutes']:.1f} | "
+            f"{about['date']} | {about['commit']} | {about['hardware']}; {about['versions']} |"
+        )
     return f"""# Reliability
 
 What a training run survives, and how that is known. `make storm` kills runs, fills disks, breaks
-calls and feeds rubbish, {tried:,} times; {failed} of these went wrong. `make test` tries a small
-selection. Not edited by hand: the last storm wrote this page.{said}
+calls and feeds rubbish, {sum(tried.values()):,} times, of which {runs:,} are kills, faults and
+simultaneous starts; **{failed} of these went wrong**. `make test` tries a small selection. Not
+edited by hand: the last storm wrote this page. It took {minutes:.0f} minutes:
 
-| | |
-|---|---|
-| command | `{command}` |
-| date | {time.strftime("%Y-%m-%d")} |
-| hardware | {hardware()}, {asked.workers} cases at a time |
-| versions | Python {platform.python_version()}, PyTorch {version("torch")} |
-| time | {minutes:.0f} minutes |
-| kills, faults and simultaneous starts | {runs:,} |
-| all cases | {tried:,}, of which {failed} failed |
+| part | cases | minutes | date | commit | where |
+|---|---|---|---|---|---|
+{chr(10).join(times)}
 
 **Bit-equal** means: after the disturbance the same command is given once more, and then everything
 that the run has left (checkpoints of both stages with AdamW's moments, `metrics.jsonl`, sample

@@ -1,14 +1,14 @@
 """The disk that fails does fail: a storm that does no harm would prove nothing."""
 
 import errno
+import json
 import signal
-from argparse import Namespace
 
 import pytest
 
 from . import disk
 from .forks import Forks
-from .storm import as_table, report
+from .storm import LAST, REPORT, as_table, report
 from .table import Case, Row, spread, try_case
 
 # Two files, the second one flushed; a third that replaces a fourth; perhaps a flush of the folder.
@@ -113,8 +113,21 @@ def test_a_case_that_fails_in_any_way_is_a_failure_of_that_case(tmp_path):
         row.add(case, *try_case(case, None, tmp_path / str(number)))
     assert row.tried == 30 and row.failures == ["case: two lines", "case: KeyError: 'x'"]
     assert "| row | 30 | 2 |" in as_table([row])
-    page = report({"test_kills": [row]}, 1.0, Namespace(every=1, workers=2))
-    assert "Killed anywhere" in page and "| row | 30 | 2 |" in page and "of which 2 failed" in page
+    about = {
+        "date": "2026-01-02",
+        "commit": "abc",
+        "hardware": "h",
+        "versions": "v",
+        "minutes": 9.4,
+    }
+    rows = [{"title": row.title, "tried": row.tried, "failures": row.failures}]
+    page = report({"test_kills": {**about, "rows": rows}})
+    assert "Killed anywhere" in page and "| row | 30 | 2 |" in page
+    assert "**2 of these went wrong**" in page and "| kills | 30 | 9.4 | 2026-01-02 | abc |" in page
+
+
+def test_the_report_is_that_of_the_last_storm():
+    assert REPORT.read_text(encoding="utf-8") == report(json.loads(LAST.read_text()))
 
 
 def test_spread_takes_the_first_and_the_last():

@@ -24,9 +24,9 @@ TWICE = "{}: kill -9 at a disk call, and again in the second start"
 ANY_TIME = "{}: kill -9 at a random time"
 # How many of each, by plan.
 COUNTS = {
-    "flow": {KILLED: 70, POWER: 30, TWICE: 6, ANY_TIME: 6},
-    "perceiver": {KILLED: 70, POWER: 30, TWICE: 6, ANY_TIME: 6},
-    "both": {KILLED: 20, POWER: 6},
+    "flow": {KILLED: 50, POWER: 20, TWICE: 6, ANY_TIME: 6},
+    "perceiver": {KILLED: 50, POWER: 20, TWICE: 6, ANY_TIME: 6},
+    "both": {KILLED: 12, POWER: 4},
 }
 
 
