@@ -9,6 +9,7 @@ the run cost. Arms that ask for it are looked at along stage 2 too, or at what s
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ceiling import by_pattern, through
 from condition import measure
 from report import CPU, ROOT, facts, parser
 from safetensors.torch import load_file
-from strength import measure_strengths
+from strength import Questions, measure_strengths, questions
 from torch import Tensor
 from verdicts import LOST
 
@@ -51,7 +52,23 @@ def row(measured: dict) -> dict:
     }
 
 
-def along_stage2(run: Path, steps: tuple[int, ...], original: dict[str, Tensor]) -> list[dict]:
+def kept_questions(runs: Path) -> Questions:
+    """`questions`, drawn once and kept beside the runs: that takes as long as looking at four
+    models."""
+    file = runs / "questions.pt"
+    if not file.is_file():
+        runs.mkdir(parents=True, exist_ok=True)
+        asked = questions()
+        half = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # another may draw them as well
+        torch.save({**vars(asked), "subjects": torch.from_numpy(asked.subjects)}, half)
+        half.replace(file)
+    kept = torch.load(file, weights_only=True)
+    return Questions(**{**kept, "subjects": kept["subjects"].numpy()})
+
+
+def along_stage2(
+    run: Path, steps: tuple[int, ...], original: dict[str, Tensor], asked: Questions
+) -> list[dict]:
     """The tower as it was after so many steps of stage 2, from the run's checkpoints."""
     _, model = load_run(run)
     rest = {k: v for k, v in original.items() if not k.startswith("visual.")}
@@ -59,7 +76,7 @@ def along_stage2(run: Path, steps: tuple[int, ...], original: dict[str, Tensor])
     for step in steps:
         ckpt.restore(model, run / "stage2" / f"step_{step:08d}")
         tower = {f"visual.{k}": v for k, v in merged_state_dict(model.visual).items()}
-        [measured] = measure_strengths(original, [{**rest, **tower}], [1.0])
+        [measured] = measure_strengths(original, [{**rest, **tower}], [1.0], asked)
         found.append({"step": step, **row(measured)})
     return found
 
@@ -99,8 +116,9 @@ def main() -> None:
     args = flags.parse_args()
     original = {k: v.float() for k, v in load_file(TOY_DIR / "clip.safetensors").items()}
     RECORDS.mkdir(exist_ok=True)
+    asked = kept_questions(Path(args.runs))
     if args.arm == "original":
-        [measured] = measure_strengths(original, [original], [0.0])
+        [measured] = measure_strengths(original, [original], [0.0], asked)
         write_atomically(RECORDS / "original.json", json.dumps({**facts(), **row(measured)}))
         return
     arm, run = ARMS[args.arm], run_of(args.arm, args.seed, Path(args.runs))
@@ -111,7 +129,7 @@ def main() -> None:
         """Both verdicts can be read: as trained, and where the subject has lost `LOST` points."""
         return row["strength"] >= 1 and before - 100 * row["subject"].mean() >= LOST
 
-    points = measure_strengths(original, [enhanced], STRENGTHS, enough=enough)
+    points = measure_strengths(original, [enhanced], STRENGTHS, asked, enough)
     found = {
         "arm": args.arm,
         "flags": arm.flags,
@@ -122,7 +140,7 @@ def main() -> None:
         "strengths": [{"strength": p["strength"], **row(p)} for p in points],
     }
     if arm.steps:
-        found["steps"] = along_stage2(run, arm.steps, original)
+        found["steps"] = along_stage2(run, arm.steps, original, asked)
     if arm.drawings:
         found["drawings"] = drawings(load_run(run, stage=1)[1])
     write_atomically(record_of(args.arm, args.seed), json.dumps(found, indent=0))

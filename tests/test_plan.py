@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 import weakref
 
 import pytest
 import torch
 from conftest import ROOT
+from tiny_runs import train_here
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -256,18 +256,16 @@ def test_flops_of_a_product_are_two_a_number():
 
 
 @pytest.mark.parametrize("preset", BACKBONES)
-def test_the_command_for_every_preset(preset):
-    start = time.time()
-    command = [sys.executable, str(ROOT / "train.py"), "--plan", "--preset", preset, "--gpus", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def test_the_command_for_every_preset(preset, tmp_path):
+    flags = ["--plan", "--preset", preset, "--gpus", "8"]
+    done = train_here(tmp_path / "runs", "planned", tiny=flags)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "memory on the host, per rank" in done.stdout and "text tower" in done.stdout
-    print(f"{preset}: {time.time() - start:.1f} s with the start of PyTorch")
     small = preset == "openai-b32-224"
     stages = ("3,200,000", "320,000") if small else ("25,600,000 images, 8.5 epochs", "1,280,000")
     assert all(images in done.stdout for images in stages)
     assert "together with --shard" in done.stdout
-    assert not (ROOT / "runs" / preset).exists()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("micro_batch, most", [(2, (9e9, 9e9)), (16, (20e9, 20e9))])

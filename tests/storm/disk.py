@@ -107,7 +107,7 @@ class Disk:
             struck = bool(self.harm) and call == self.at
             self.write_down([STRUCK, *call] if struck else call)
         if struck:
-            if half and self.half:
+            if half and self.half and self.harm != "limit":  # which lets small writes pass whole
                 half()
             self.strike(what, path)
         if self.full and what in NEEDS_SPACE:

@@ -27,6 +27,9 @@ HARMS = {
     FULL: "full", BROKEN: "broken", LIMIT: "limit", REMOVED: "removed", STOP: "stop",
     INTERRUPT: "interrupt",
 }  # fmt: skip
+# A folder that was there already, or one thing more to tidy up: where the run has done its work all
+# the same, and nothing is left lying about, there is nothing to say.
+HARMLESS = {"mkdir", "unlink", "rmdir"}
 CODES = {"stop": 143, "interrupt": 130}
 # How many of each, by plan.
 COUNTS = {
@@ -74,8 +77,8 @@ def check(harm: str, measure: Undisturbed, call: tuple, forks: Forks, folder: Pa
     had been no first."""
     ended = runs.disturbed(forks, measure.plan, folder, harm, call, half=True)
     but = "never"
-    if ended.code == 0 and call[0] == "mkdir" and not runs.complaints(ended):
-        pass  # it was there already, and Python asks no more
+    if ended.code == 0 and call[0] in HARMLESS and not runs.complaints(ended):
+        pass
     elif ended.code == 0:
         line = runs.complaint(ended)
         # A sample grid is no reason to end a run.
