@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluation.pairsets import Item, PairSet, apply_doubts, read_pair_set
-from util.cli import parse_settings, run_command, setting
+from util.cli import parse_settings, printable, run_command, setting
 
 
 # ------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def main() -> None:
     if pair_set is not None:
         check_pictures(image for item in pair_set.items for image in item.images)
     if not settings.model:
-        print(f"newest enhanced model: {chosen[-1]}")
+        print(printable(f"newest enhanced model: {chosen[-1]}"))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache = cache_folder(settings.cache, settings.runs)

@@ -389,7 +389,7 @@ def main() -> None:
     pictures = [p for s in [*sets, *captions] for p in s.pictures]
     check_pictures(pictures)
     if not settings.model:
-        print(f"newest enhanced model: {chosen[-1]}")
+        print(printable(f"newest enhanced model: {chosen[-1]}"))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache = cache_folder(settings.cache, settings.runs)

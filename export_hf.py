@@ -42,12 +42,13 @@ PREPROCESS = {  # what a kind was trained with, where nothing says otherwise
     "clip": {"mean": MEAN, "std": STD, "resize_mode": "shortest"},
     "siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"},
 }
-
 # What a config may hand to open_clip, timm and transformers. They take more: `trust_remote_code`
 # runs the Python beside a tokenizer, timm reads "local-dir:…". So texts are plain names.
 ALLOWED = {"act_kwargs": {"approximate"}, "norm_kwargs": {"eps"}}
 ALLOWED["tokenizer_kwargs"] = {"clean", "strip_sep_token", "language"}
 PLAIN = re.compile(r"(\w[\w.-]*/)?[\w.-]*")
+# What a terminal would obey, as it is shown: names of files may hold anything.
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 # -- Which tensor becomes which ------------------------------------------------------------------
 # What happens to tensors on their way: open_clip → transformers, and transformers → open_clip.
 CHANGES = {
@@ -428,8 +429,7 @@ def _read(file: Path) -> dict:
 
 def export(model: str | Path, target: Path) -> list[str]:
     """open_clip → transformers folder. All is checked before the first file is written.
-    Args: model: any spelling of --model, but transformers' layout.
-    Returns: lines that say what was written.
+    Args: model: any spelling of --model but transformers' layout. Returns: what was written.
     Raises: ValueError or OSError naming the file or the folder at fault."""
     about, whole, notes = read_open_clip(str(model))
     tensors = convert(whole.state_dict(), rules_for(whole), export=True)
@@ -460,8 +460,7 @@ def _write(target: Path, files: dict[str, str | dict]) -> None:
         if name.endswith(".safetensors"):
             temporary.touch()
             mode = temporary.stat().st_mode  # the user's umask; safetensors lets its owner in only
-            # transformers refuses tensors that do not say which framework wrote them
-            save_file(content, temporary, {"format": "pt"})
+            save_file(content, temporary, {"format": "pt"})  # transformers asks who wrote it
             temporary.chmod(mode)
         else:
             text = content if isinstance(content, str) else json.dumps(content, indent=1)
@@ -473,7 +472,8 @@ def main() -> None:
     """The command. Exit code 2 and one line for what the user can mend; a traceback is a bug."""
     about, style = __doc__.split("\n\nBoth")[0], argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, formatter_class=style)
-    parser.error = lambda what: parser.exit(2, f"export_hf.py: {' '.join(what.split())}\n")
+    line = lambda text: " ".join(text.split()).translate(CONTROL)  # noqa: E731
+    parser.error = lambda what: parser.exit(2, f"export_hf.py: {line(what)}\n")
     parser.add_argument("--model", required=True, help="what to read")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
@@ -487,9 +487,9 @@ def main() -> None:
         model = model / "enhanced" if layout.startswith("enhanced") else model  # a run: its result
         way = restore if layout == "config.json" else export
         for source in (model, Path(args.model.rpartition(":")[2])):  # or the file of NAME:FILE
-            if source.exists() and source.resolve().is_relative_to(args.out.resolve()):
+            if source.exists() and source.resolve().is_relative_to(os.path.realpath(args.out)):
                 raise ValueError(f"--out {args.out} is --model, or holds it: give another folder")
-        print(*way(model, args.out), sep="\n")
+        print(*map(line, way(model, args.out)), sep="\n")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:

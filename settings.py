@@ -116,9 +116,9 @@ class Settings:
     # -- the denoiser (Key Point #2.3; Tab. 5)
     # Width, heads and RoPE axes are FLUX.1's, only depth differs: so the row "pretrained FLUX" of
     # Tab. 7 is this network at depth 19 + 38.
-    blocks: int = setting(2, only="flow", at_least=1, at_most=1000, flux_decides=True)
+    blocks: int = setting(2, only="flow", at_least=1, at_most=100, flux_decides=True)
     """m: m MM-DiT and 2m Single-DiT blocks (Tab. 5)"""
-    layers: int = setting(6, only="perceiver", at_least=1, at_most=1000)
+    layers: int = setting(6, only="perceiver", at_least=1, at_most=100)
     """Perceiver layers: 2, 4, 6 or 8 in Tab. 5"""
     learnt_latents: int = setting(0, only="perceiver", at_least=0, at_most=65536)
     """Perceiver latents: 0 is one per masked token, more is that many learnt ones"""
@@ -129,9 +129,9 @@ class Settings:
     rope_axes: str = setting("", only="flow", flux_decides=True)
     """RoPE widths of (unused, row, column), like 16,56,56; their sum is D / heads; empty: FLUX's
     proportions at that width"""
-    vector_dim: int = setting(768, only="flow", at_least=1, at_most=65536, flux_decides=True)
+    vector_dim: int = setting(768, only="flow", at_least=1, at_most=8192, flux_decides=True)
     """width of the vector condition"""
-    context_dim: int = setting(4096, only="flow", at_least=1, at_most=65536, flux_decides=True)
+    context_dim: int = setting(4096, only="flow", at_least=1, at_most=8192, flux_decides=True)
     """width of the context condition"""
     guidance: bool = setting(True, only="flow", flux_decides=True)
     """FLUX.1-dev's guidance embedding (a learnt bias here)"""

@@ -73,7 +73,7 @@ def start() -> None:
     one decides that, and must first be able to tell the others.)"""
     settings = command_line()
     if not settings.plan and "RANK" not in os.environ and (line := finished(settings)):
-        print(line)
+        print(printable(line))
         raise SystemExit(0)
 
 
@@ -314,7 +314,7 @@ def main(settings: Settings) -> None:
     with ending_well(process, saved(settings)):
         if process.ranks > 1 and (line := agreed(finished(settings), process)):
             if process.is_main:
-                print(line)
+                print(printable(line))
             return
         with sole_writer(run_directory(settings), process):
             train(settings, process)
@@ -340,7 +340,7 @@ def train(settings: Settings, process: Process) -> None:
     if 2 in stages_of(settings) and process.is_main:
         run = run_directory(settings)
         write_enhanced(*assemble.load_run(run), settings, run)
-        print(f"enhanced model: {run / 'enhanced'}")
+        print(printable(f"enhanced model: {run / 'enhanced'}"))
 
 
 if __name__ == "__main__":

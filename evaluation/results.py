@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
 
+from util.cli import printable
 from util.files import write_atomically
 
 
@@ -141,7 +142,7 @@ def written(files: list[Path]) -> str:
     lines = []
     for folder, group in itertools.groupby(files, lambda file: file.parent):
         lines += [f"written to {folder}:", *(f"  {file.name}" for file in group)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def identity(path: str) -> str:

@@ -38,7 +38,7 @@ from toy.world import (
     random_scene,
     to_tensor,
 )
-from util.cli import run_command
+from util.cli import printable, run_command
 from util.pictures import labelled_rows
 
 TEMPLATE = PREFIX + " {}"
@@ -170,13 +170,13 @@ def main() -> None:
         print(__doc__)
     elif command == "pairs" and len(rest) == 1:
         write_pairs(pairs(mentioned=False), rest[0])
-        print(f"written: {rest[0]}/Questions.csv, {rest[0]}/MMVP_VLM_Images")
+        print(printable(f"written: {rest[0]}/Questions.csv, {rest[0]}/MMVP_VLM_Images"))
     elif command == "classes" and len(rest) == 1:
         write_classes(rest[0])
-        print(f"written: {rest[0]}, a folder per subject and captions.json")
+        print(printable(f"written: {rest[0]}, a folder per subject and captions.json"))
     elif command == "picture" and len(rest) == 1:
         draw_patterns(rest[0])
-        print(f"written: {rest[0]}")
+        print(printable(f"written: {rest[0]}"))
     else:
         raise ValueError("expected 'pairs FOLDER', 'classes FOLDER' or 'picture FILE.png'")
 

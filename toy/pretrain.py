@@ -69,39 +69,39 @@ class Settings:
     """which weights to make"""
     out: str = setting(str(TOY_DIR))
     """where they go"""
-    seed: int = setting(0)
+    seed: int = setting(0, at_least=0, at_most=2**31)
     """seed of weights, scenes and captions"""
-    threads: int = setting(0)
+    threads: int = setting(0, at_least=0, at_most=1024)
     """CPU threads; 0: all"""
-    scenes: int = setting(24_000, at_least=513)
+    scenes: int = setting(24_000, at_least=513, at_most=10_000_000)
     """different scenes; the last 512 are kept to measure on"""
-    clip_steps: int = setting(2000, at_least=1)
+    clip_steps: int = setting(2000, at_least=1, at_most=10**9)
     """steps of CLIP"""
-    clip_batch: int = setting(192, at_least=1)
+    clip_batch: int = setting(192, at_least=1, at_most=100_000)
     """images per step of CLIP"""
-    clip_lr: float = setting(1e-3)
+    clip_lr: float = setting(1e-3, at_least=0, at_most=1)
     """peak learning rate of CLIP"""
-    mention: float = setting(0.7)
+    mention: float = setting(0.7, at_least=0, at_most=1)
     """probability that a mentionable attribute is mentioned"""
-    vae_steps: int = setting(2800, at_least=1)
+    vae_steps: int = setting(2800, at_least=1, at_most=10**9)
     """steps of the VAE"""
-    vae_batch: int = setting(16, at_least=1)
+    vae_batch: int = setting(16, at_least=1, at_most=100_000)
     """images per step of the VAE"""
-    vae_lr: float = setting(3e-3)
+    vae_lr: float = setting(3e-3, at_least=0, at_most=1)
     """peak learning rate of the VAE"""
-    kl_weight: float = setting(1e-4)
+    kl_weight: float = setting(1e-4, at_least=0, at_most=1000)
     """weight of the VAE's KL term"""
-    vqgan_steps: int = setting(4000, at_least=1)
+    vqgan_steps: int = setting(4000, at_least=1, at_most=10**9)
     """steps of the VQ-GAN, which starts from the VAE"""
-    vqgan_batch: int = setting(16, at_least=1)
+    vqgan_batch: int = setting(16, at_least=1, at_most=100_000)
     """images per step of the VQ-GAN"""
-    vqgan_lr: float = setting(1e-3)
+    vqgan_lr: float = setting(1e-3, at_least=0, at_most=1)
     """peak learning rate of the VQ-GAN"""
-    pairs: int = setting(100, at_least=1)
+    pairs: int = setting(100, at_least=1, at_most=100_000)
     """validation pairs per pattern that measure CLIP"""
-    codes: int = setting(TOY_VQGAN.codes, at_least=1)
+    codes: int = setting(TOY_VQGAN.codes, at_least=1, at_most=1_000_000)
     """K, size of the VQ-GAN's codebook"""
-    commitment: float = setting(0.25)
+    commitment: float = setting(0.25, at_least=0, at_most=1000)
     """weight of the VQ-GAN's commitment term"""
 
 

@@ -39,7 +39,7 @@ from pathlib import Path
 
 from settings import settings_of_run
 from training.preflight import differences
-from util.cli import OneLineParser, run_command
+from util.cli import OneLineParser, printable, run_command
 
 # Of one weight. Less than nothing would unlearn, and beyond twice the change nothing was measured.
 LEAST, MOST = 0.0, 2.0
@@ -379,9 +379,11 @@ def main() -> None:
     tensors = blend(family.original, list(models.values()), args.weights, list(models))
     card = model_card(family.info, family.base, args.folders, args.weights)
     write_blend(args.out, tensors, family.info, card)
-    print(f"written: {args.out}, an open_clip folder as enhanced/ is one. What it is worth:")
+    out = printable(str(args.out))
+    print(f"written: {out}, an open_clip folder as enhanced/ is one. What it is worth:")
     compared = (family.base, *models, str(args.out))
-    print("python eval_mmvp.py " + " ".join(f"--model {shlex.quote(m)}" for m in compared))
+    flags = " ".join(f"--model {shlex.quote(m)}" for m in compared)
+    print(printable(f"python eval_mmvp.py {flags}"))
 
 
 if __name__ == "__main__":

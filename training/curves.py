@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from training.runlog import read_metrics
-from util.cli import OneLineParser, run_command
+from util.cli import OneLineParser, printable, run_command
 from util.files import write_atomically
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def main() -> None:
     if file.suffix != ".png":
         raise ValueError(f"--out {file}: the picture is a PNG, call it {file.name}.png")
     save(draw(read_runs(args.runs)), file)
-    print(f"written: {file}")
+    print(f"written: {printable(str(file))}")
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def _lines(file: Path) -> tuple[list[dict], list[str]]:
             content = json.loads(line)
             content["stage"] + content["step"] + 0  # numbers, both
             found.append(content)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             damaged += [line] * line.endswith("\n")
     return found, damaged
 

@@ -22,7 +22,10 @@ def seal(about: dict) -> str:
 
 def unseal(text: str) -> dict:
     """What was sealed. Raises: ValueError where it is not what `seal` wrote."""
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except RecursionError:  # ten thousand brackets, one in the other
+        found = None
     if not isinstance(found, dict) or SEAL not in found:
         raise ValueError(f"it is no object with its own {SEAL}")
     if found.pop(SEAL) != _digest(found):
