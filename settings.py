@@ -493,5 +493,5 @@ def settings_of_run(run: str | Path) -> Settings:
         which = given.get("preset", "toy"), given.get("denoiser", "flow")
         whole = {**usual(*which), **given}
         return Settings(**{**whole, "stage": "both", "plan": False})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is of another version of this project ({error})") from None

@@ -190,11 +190,30 @@ def _lines(file: Path) -> tuple[list[dict], list[str]]:
     for line in text.splitlines(keepends=True):
         try:
             content = json.loads(line)
-            content["stage"] + content["step"] + 0  # numbers, both
+        except (ValueError, RecursionError):
+            content = None
+        if _is_line(content):
             found.append(content)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            damaged += [line] * line.endswith("\n")
+        elif line.endswith("\n"):
+            damaged.append(line)
     return found, damaged
+
+
+def _is_line(content: object) -> bool:
+    """Whether it is as `append_metrics` writes them: a stage, a step, and other numbers; lists of
+    them where the name ends with _bin."""
+
+    def number(value: object) -> bool:
+        return value is None or isinstance(value, int | float)
+
+    if not isinstance(content, dict) or None in (content.get("stage"), content.get("step")):
+        return False
+    return all(
+        isinstance(value, list) and all(map(number, value))
+        if name.endswith("_bin")
+        else number(value)
+        for name, value in content.items()
+    )
 
 
 def trim_metrics(path: Path, stage: int, step: int, written: dict[int, int]) -> None:
@@ -252,6 +271,9 @@ def write_config(settings: Settings, stage: int, process: Process, run: Path) ->
         "date": time.strftime("%Y-%m-%d"),
     }
     file = run / "config.json"
-    stages = json.loads(file.read_text()).get("stages", {}) if file.is_file() else {}
+    try:
+        stages = json.loads(file.read_text()).get("stages", {}) if file.is_file() else {}
+    except (ValueError, AttributeError, RecursionError):  # damaged: this stage's, at least
+        stages = {}
     stages = dict(sorted({**stages, str(stage): about}.items()))
     write_atomically(file, json.dumps({"stages": stages}, indent=1))
