@@ -51,28 +51,28 @@ def kinds() -> tuple[Kind, ...]:
     return (
         Kind(
             "checkpoints",
-            100,
+            80,
             ("runs/a/config.json", "runs/a/stage1/*2/*", "runs/a/stage2/*3/*"),
             (*tiny, "--cache=", "--runs", "{here}/runs", "--name", "a"),
             lambda here: result_of(here / "runs" / "a"),
         ),
         Kind(
             "training cache",
-            60,
+            48,
             ("cache/*",),
             (*once, "cached", "--data", "{here}/photos", "--cache", "{here}/cache"),
             lambda here: result_of(here / "new" / "cached"),
         ),
         Kind(
             "index of shards",
-            60,
+            48,
             ("shards/.pictures-*.npz",),
             (*once, "indexed", "--data", "{here}/shards", "--cache="),
             lambda here: result_of(here / "new" / "indexed"),
         ),
         Kind(
             "features of evaluations",
-            60,
+            48,
             ("features/*",),
             (*EVALUATE, "--benchmark", "{here}/pairs.json", "--out", "{here}/out", "--cache",
              "{here}/features"),

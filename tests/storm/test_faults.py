@@ -33,8 +33,8 @@ HARMLESS = {"mkdir", "unlink", "rmdir"}
 CODES = {"stop": 143, "interrupt": 130}
 # How many of each, by plan.
 COUNTS = {
-    "flow": {FULL: 12, BROKEN: 20, LIMIT: 4, REMOVED: 6, STOP: 6, INTERRUPT: 6},
-    "perceiver": {FULL: 12, BROKEN: 20, LIMIT: 4, REMOVED: 6, STOP: 6, INTERRUPT: 6},
+    "flow": {FULL: 8, BROKEN: 16, LIMIT: 3, REMOVED: 4, STOP: 4, INTERRUPT: 4},
+    "perceiver": {FULL: 8, BROKEN: 16, LIMIT: 3, REMOVED: 4, STOP: 4, INTERRUPT: 4},
 }
 
 

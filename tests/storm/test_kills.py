@@ -24,8 +24,8 @@ TWICE = "{}: kill -9 at a disk call, and again in the second start"
 ANY_TIME = "{}: kill -9 at a random time"
 # How many of each, by plan.
 COUNTS = {
-    "flow": {KILLED: 50, POWER: 20, TWICE: 6, ANY_TIME: 6},
-    "perceiver": {KILLED: 50, POWER: 20, TWICE: 6, ANY_TIME: 6},
+    "flow": {KILLED: 36, POWER: 16, TWICE: 4, ANY_TIME: 4},
+    "perceiver": {KILLED: 36, POWER: 16, TWICE: 4, ANY_TIME: 4},
     "both": {KILLED: 12, POWER: 4},
 }
 
