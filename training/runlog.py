@@ -276,4 +276,5 @@ def write_config(settings: Settings, stage: int, process: Process, run: Path) ->
     except (ValueError, AttributeError, RecursionError):  # damaged: this stage's, at least
         stages = {}
     stages = dict(sorted({**stages, str(stage): about}.items()))
-    write_atomically(file, json.dumps({"stages": stages}, indent=1))
+    # A run whose folder was removed since stage 1 shall notice, and not begin another.
+    write_atomically(file, json.dumps({"stages": stages}, indent=1), parents=stage == 1)

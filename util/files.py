@@ -45,15 +45,17 @@ TYPES = {
 # Whole or absent
 # ------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def replacing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
+def replacing(path: Path, size: int = 0, parents: bool = True) -> Iterator[BinaryIO]:
     """An open file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Args: size: bytes that will be written, for the line that a full disk is worth.
+    Args: size: bytes that will be written, for the line that a full disk is worth; parents: make
+        folders that are missing.
     Raises: OSError in one line: which file, why, how much room it takes.
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         file, temporary = _begun(path)
         with file:
             yield file
@@ -90,10 +92,10 @@ def sweep(folder: Path) -> None:
             leftover.unlink()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file's content, or leave the old one. Raises: OSError as `replacing`."""
+def write_atomically(path: Path, content: str | bytes, parents: bool = True) -> None:
+    """Replace a file's content, or leave the old one. Args and raises: as `replacing`."""
     data = content.encode() if isinstance(content, str) else content
-    with replacing(path, len(data)) as file:
+    with replacing(path, len(data), parents) as file:
         file.write(data)
 
 
