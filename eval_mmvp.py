@@ -56,7 +56,7 @@ class Settings:
     the first; empty: RUNS/NAME/eval/ for enhanced models, RUNS/eval/MODEL/ for others"""
     wide: bool = setting(False)
     """print one table per task with everything about all models, however wide"""
-    pairs: int = setting(100, at_least=1)
+    pairs: int = setting(100, at_least=1, at_most=10_000)
     """toy: pairs per pattern and side"""
     seed: int = setting(0, at_least=0)
     """toy: which benchmark; reported figures use 0"""

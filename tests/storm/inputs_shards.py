@@ -131,7 +131,7 @@ def index_cases(odd: Callable) -> Iterator[Input]:
         "shard": (n + 9, n - 9, n * 0.5, n[:2], n[None], np.array(0), n.astype(bool),
                   n.astype(str)),
         "offset": (n - 5, n + 2**62, n * np.nan, n[:1], n[:, None], n.astype(complex)),
-        "size": (n - 9, n + 2**40, n + 2**62, n * np.inf, n[:3], n.astype("S4")),
+        "size": (n - 9, n + 2**40, n + 2**62, n + np.inf, n[:3], n.astype("S4")),
         "problems": (n, np.frombuffer(b"{}", np.uint8), np.frombuffer(b"[1", np.uint8),
                      np.frombuffer(b"[1, null, {}]", np.uint8), np.zeros(0, np.uint8),
                      np.frombuffer(b"[" * 99_999, np.uint8),

@@ -22,7 +22,7 @@ from tests.storm.inputs import reached  # noqa: E402
 STOPS = {
     "train.py": ("training.stages", "Stage.global_batches"),
     "toy.pretrain": ("toy.world", "ToyScenes.scene"),
-    "eval_mmvp.py": ("toy.benchmark", "held_out_scenes"),
+    "eval_mmvp.py": ("toy.benchmark", "pairs"),
     "toy.benchmark": ("toy.world", "draw"),
 }
 
