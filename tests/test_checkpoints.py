@@ -31,7 +31,7 @@ def test_round_trip_and_rotation(tmp_path):
     newest = ckpt.checkpoints_in(tmp_path)[-1]
     state = read_state(newest)
     files = state.pop("files")
-    assert state == {"step": 10, "settings": {}}
+    assert state == {"step": 10, "settings": {}, "keep": 2}
     assert files == {f"{n}.safetensors": hash_of(newest / f"{n}.safetensors") for n in FILES}
     assert torch.equal(
         load_file(newest / "trained.safetensors")["weight"], torch.full((2, 2), 10.0)
