@@ -84,14 +84,15 @@ def storm(part: str, folder: Path, asked: argparse.Namespace) -> list[Row]:
         if own.forks.nursery.poll() is not None:  # the case before was its end, and has said so
             begin()
         result = try_case(case, own.forks, here)
-        for left in here.parent.glob(f"{here.name}*"):  # and what was noted beside it
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        shutil.rmtree(here.parent)  # with what was noted beside it, or written into ".."
         return result
 
     rows: dict[str, Row] = {}
     with ThreadPoolExecutor(asked.workers, initializer=begin) as pool:
         cases = pool.submit(listed).result()
-        jobs = [pool.submit(run, case, folder / f"{part}_{i}_") for i, case in enumerate(cases)]
+        jobs = [
+            pool.submit(run, case, folder / f"{part}_{i}" / "own") for i, case in enumerate(cases)
+        ]
         for number, (case, job) in enumerate(zip(cases, jobs, strict=True), 1):
             wrong, seconds = job.result()
             rows.setdefault(case.row, Row(case.row)).add(case, wrong, seconds)
