@@ -141,8 +141,9 @@ def written(files: list[Path]) -> str:
     """The lines that name every file, a folder once."""
     lines = []
     for folder, group in itertools.groupby(files, lambda file: file.parent):
-        lines += [f"written to {folder}:", *(f"  {file.name}" for file in group)]
-    return "\n".join(map(printable, lines))
+        lines += [f"written to {printable(str(folder))}:"]
+        lines += [f"  {printable(file.name)}" for file in group]
+    return "\n".join(lines)
 
 
 def identity(path: str) -> str:
