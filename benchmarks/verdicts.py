@@ -60,7 +60,7 @@ class Claim:
 BOTH = ("flow", "perceiver")
 CLAIMS = (
     Claim(
-        "The class token alone teaches more than with local tokens beside it",
+        "Only [CLS] teaches more than [CLS] + patches",
         "Fig. 5, Key Point #1",
         "10 % of the local tokens already cost most of the gain",
         ahead=BOTH * 3,
@@ -68,7 +68,7 @@ CLAIMS = (
                 "flow-local100", "perceiver-local100"),
     ),
     Claim(
-        "Two stages teach more than end-to-end training",
+        "Two stages teach more than end to end",
         "Fig. 6, Key Point #2.1",
         "end to end loses more than 5 points",
         ahead=("flow-lambda0",),
@@ -76,7 +76,7 @@ CLAIMS = (
         shown=("flow", "flow-end-to-end"),
     ),
     Claim(
-        "Logit-normal times with s = 1 teach more than uniform ones",
+        "Logit-normal times teach more than uniform ones",
         "Tab. 4, Key Point #2.2",
         "31.9 against 21.5; 29.6 against 22.2; 31.9 against 23.7",
         ahead=("flow",),
@@ -84,7 +84,7 @@ CLAIMS = (
         shown=("flow-scale0.1", "flow-scale0.5", "flow-scale5", "flow-scale10"),
     ),
     Claim(
-        "A light denoiser teaches as much as one of several times its size",
+        "A light denoiser teaches as much as a larger one",
         "Tab. 5, Key Point #2.3",
         "41.5, 42.2, 42.2, 41.5 for m = 1 to 4; 41.5, 43.7, 45.2, 43.7 for 2 to 8 layers",
         ahead=BOTH,
@@ -93,7 +93,7 @@ CLAIMS = (
         shown=("flow-blocks2", "flow-blocks3", "perceiver-layers2", "perceiver-layers6"),
     ),
     Claim(
-        "Mask ratios from 50 to 90 % teach more than 90 % alone",
+        "Mask ratios 50 to 90 % teach more than 90 %",
         "Tab. S1",
         "28.9 against 25.9; 28.1 with 50 %, 28.9 with 70 %",
         ahead=("perceiver",),
@@ -101,14 +101,14 @@ CLAIMS = (
         shown=("perceiver-mask50", "perceiver-mask70"),
     ),
     Claim(
-        "LoRA teaches more than training the tower's weights directly",
+        "LoRA teaches more than direct training",
         "Fig. S2",
         "LoRA is ahead on every backbone",
         ahead=("flow", "flow"),
         behind=("flow-direct", "flow-direct-tenth"),
     ),
     Claim(
-        "Whether denoiser and projectors train along in stage 2 matters little",
+        "Training the denoiser along matters little",
         "Fig. S4",
         "marginal, if stage 1 was long enough",
         ahead=("flow",),
@@ -116,7 +116,7 @@ CLAIMS = (
         rule="level",
     ),
     Claim(
-        "More iterations of stage 2 are not always better",
+        "More steps of stage 2 are not always better",
         "Fig. 1 i",
         "the reconstruction improves on, MMVP does not",
         ahead=("flow-long",),
@@ -125,7 +125,7 @@ CLAIMS = (
         step=(400, 1200),
     ),
     Claim(
-        "Both kinds of denoiser teach CLIP what it was blind to",
+        "Both kinds of denoiser teach",
         "Tab. 6, Key Point #3",
         "+12.6 and +9.6 on OpenAI's L/14; +4.4 and +7.4 on SigLIP",
         ahead=BOTH,
@@ -133,7 +133,7 @@ CLAIMS = (
         shown=("joint",),
     ),
     Claim(
-        "A light denoiser from scratch teaches as much as a heavy pretrained one",
+        "Light from scratch equals heavy pretrained",
         "Tab. 7",
         "31.9 against 32.6; 37.1 against 37.1",
         ahead=("flow",),
