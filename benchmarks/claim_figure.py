@@ -1,0 +1,74 @@
+"""One of the twelve claims as the notebooks show it: its verdicts in words, its arms as bars.
+
+    from claim_figure import draw, tell
+
+    tell(1)  # claim 1 of docs/EVIDENCE.md: both verdicts, then arm by arm
+    draw(1)
+
+Everything comes from the records of ablations.py, by the rule of verdicts.py; an arm without
+records is "not run yet".
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from ablations import ARMS, SEEDS
+from matplotlib.figure import Figure
+from verdicts import CLAIMS, at_equal_retention, judge, point, record, said, t_interval
+
+
+def arms_of(number: int) -> list[str]:
+    """The arms of claim `number` (from 1), those that are compared first."""
+    claim = CLAIMS[number - 1]
+    arms = dict.fromkeys([*claim.ahead, *claim.behind, *claim.shown])
+    return [arm for arm in arms if arm != "original"]
+
+
+def changes(arm: str, equal: bool = False) -> np.ndarray:
+    """Points gained on unmentioned pairs, seed by seed (R,); empty where it was not run."""
+    base = point("original", 0)["unmentioned"].mean()
+    seeds = [seed for seed in SEEDS if record(arm, seed)]
+    right = [
+        at_equal_retention(arm, seed)[0] if equal else point(arm, seed)["unmentioned"]
+        for seed in seeds
+    ]
+    return np.array([100 * (r.mean() - base) for r in right])
+
+
+def verdict_of(number: int) -> tuple[str, str]:
+    """"holds", "holds not", "undecided" or "not run yet": as trained, and at equal retention."""
+    found = [judge(equal)[number - 1] for equal in (False, True)]
+    return tuple(one["verdict"] if one else "not run yet" for one in found)
+
+
+def tell(number: int) -> None:
+    """Prints the claim, what the paper measured, both verdicts, and what each arm gained."""
+    claim = CLAIMS[number - 1]
+    print(f"{claim.title} ({claim.source})\n  the paper: {claim.paper}")
+    for words, equal in (("as trained", False), ("at equal retention", True)):
+        print(f"  {words}: {said(judge(equal)[number - 1]).replace('**', '')}")
+    for arm in arms_of(number):
+        gain = changes(arm)
+        many = f"{len(gain)} seeds"
+        told = f"{gain.mean():+5.1f} points, {many}: {ARMS[arm].flags}" if len(gain) else ""
+        print(f"  {arm:24} {told or 'not run yet'}")
+
+
+def draw(number: int) -> Figure:
+    """A bar an arm, as trained and at equal retention: dots are seeds, lines 95 % intervals."""
+    arms = arms_of(number)
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.36 * len(arms)))
+    for place, arm in enumerate(arms):
+        for offset, equal, color in ((-0.18, False, "C0"), (0.18, True, "C1")):
+            gain = changes(arm, equal)
+            if not len(gain):
+                axis.text(0.1, place, "not run yet", va="center", fontsize=9, color="gray")
+                break
+            axis.barh(place + offset, gain.mean(), 0.34, color=color, alpha=0.4)
+            axis.plot(gain, [place + offset] * len(gain), "o", color=color, markersize=3)
+            if len(gain) == len(SEEDS):
+                axis.plot(t_interval(gain)[:2], [place + offset] * 2, color="black", linewidth=1)
+    axis.set_yticks(range(len(arms)), arms, fontsize=9)
+    axis.set_xlabel("unmentioned pairs, points. Blue: as trained; orange: at equal retention")
+    axis.invert_yaxis()
+    figure.tight_layout()
+    return figure
