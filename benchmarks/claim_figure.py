@@ -12,7 +12,6 @@ records is "not run yet".
 import matplotlib.pyplot as plt
 import numpy as np
 from ablations import ARMS, SEEDS
-from matplotlib.figure import Figure
 from verdicts import CLAIMS, at_equal_retention, judge, point, record, said, t_interval
 
 
@@ -23,7 +22,7 @@ def arms_of(number: int) -> list[str]:
     return [arm for arm in arms if arm != "original"]
 
 
-def changes(arm: str, equal: bool = False) -> np.ndarray:
+def points_gained(arm: str, equal: bool = False) -> np.ndarray:
     """Points gained on unmentioned pairs, seed by seed (R,); empty where it was not run."""
     base = point("original", 0)["unmentioned"].mean()
     seeds = [seed for seed in SEEDS if record(arm, seed)]
@@ -35,7 +34,7 @@ def changes(arm: str, equal: bool = False) -> np.ndarray:
 
 
 def verdict_of(number: int) -> tuple[str, str]:
-    """"holds", "holds not", "undecided" or "not run yet": as trained, and at equal retention."""
+    """As trained, and at equal retention: each "holds", "holds not", "undecided", "not run yet"."""
     found = [judge(equal)[number - 1] for equal in (False, True)]
     return tuple(one["verdict"] if one else "not run yet" for one in found)
 
@@ -47,19 +46,19 @@ def tell(number: int) -> None:
     for words, equal in (("as trained", False), ("at equal retention", True)):
         print(f"  {words}: {said(judge(equal)[number - 1]).replace('**', '')}")
     for arm in arms_of(number):
-        gain = changes(arm)
+        gain = points_gained(arm)
         many = f"{len(gain)} seeds"
         told = f"{gain.mean():+5.1f} points, {many}: {ARMS[arm].flags}" if len(gain) else ""
         print(f"  {arm:24} {told or 'not run yet'}")
 
 
-def draw(number: int) -> Figure:
+def draw(number: int) -> None:
     """A bar an arm, as trained and at equal retention: dots are seeds, lines 95 % intervals."""
     arms = arms_of(number)
     figure, axis = plt.subplots(figsize=(8, 0.8 + 0.36 * len(arms)))
     for place, arm in enumerate(arms):
         for offset, equal, color in ((-0.18, False, "C0"), (0.18, True, "C1")):
-            gain = changes(arm, equal)
+            gain = points_gained(arm, equal)
             if not len(gain):
                 axis.text(0.1, place, "not run yet", va="center", fontsize=9, color="gray")
                 break
@@ -71,4 +70,3 @@ def draw(number: int) -> Figure:
     axis.set_xlabel("unmentioned pairs, points. Blue: as trained; orange: at equal retention")
     axis.invert_yaxis()
     figure.tight_layout()
-    return figure
