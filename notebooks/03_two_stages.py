@@ -31,7 +31,7 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from claim_figure import draw, points_gained, tell
+from claim_figure import draw, points_gained, tell, verdict_of
 
 from data import CachedPictures
 from evaluation.encoder import Encoder
@@ -349,7 +349,11 @@ if lost := measured["end to end, λ = 0"].get("subjects"):
 # %%
 tell(2)
 draw(2)
-assert points_gained("flow").min() > 3, "two stages with the drift term: every seed gains"
+staged, whole = (points_gained(f"flow{arm}-lambda0").mean() for arm in ("", "-end-to-end"))
+assert staged > whole + 2, "λ = 0: two stages gain more, +6.4 and +2.1 …"
+staged, whole = (points_gained(f"flow{arm}-lambda0", True).mean() for arm in ("", "-end-to-end"))
+assert abs(staged - whole) < 1.5, "… and no more at equal retention, +1.8 and +1.6"
+assert verdict_of(2) == ("undecided", "undecided"), "after Holm's correction for twelve claims"
 
 # %% [markdown]
 # **What to take home.** Without anything that holds the tower (λ = 0, the paper's setting), two
@@ -360,4 +364,10 @@ assert points_gained("flow").min() > 3, "two stages with the drift term: every s
 # term, how much of the two stages' gain is there after 400 steps end to end instead of 1400 + 400.
 # Where that is nearly all, the term does the protecting that the paper assigns to stage 1. It is
 # one world with one CLIP; a run end to end with a drift term was not tried at full size, and
-# neither were Fig. 6's 5 points on MMVP-VLM. Next: which timesteps teach (04).
+# neither were Fig. 6's 5 points on MMVP-VLM.
+#
+# **Where it is undecided.** On five seeds of short runs with λ = 0, two stages gain 4 points more
+# than end to end, nearly the paper's 5; after a correction for twelve claims that is no proof.
+# Scaled back until the subjects have lost half a point, both keep next to nothing: what stage 1
+# saves at λ = 0 is the old knowledge, and it does not save enough. Next: which timesteps teach
+# (04).

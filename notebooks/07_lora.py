@@ -26,7 +26,7 @@ import tempfile
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from claim_figure import draw, points_gained, tell
+from claim_figure import draw, points_gained, tell, verdict_of
 from torch import nn
 
 import lora
@@ -497,12 +497,19 @@ tell(6)
 draw(6)
 print()
 tell(7)
-assert points_gained("flow").min() > 3, "with LoRA every seed gains"
+direct = points_gained("flow-direct")
+assert direct.mean() > points_gained("flow").mean(), "+9.1 and +8.0: direct training gains more …"
+assert abs(points_gained("flow-direct", True).mean() - points_gained("flow", True).mean()) < 1
+assert verdict_of(6) == ("holds not", "holds not"), "… and at equal retention neither is ahead"
+assert points_gained("flow-all").min() > points_gained("flow").mean(), "+9.8: training along helps"
 
 # %% [markdown]
 # **So.** LoRA does what the paper wants of it: it starts at the given CLIP, moves each matrix by a
-# few percent in at most 16 directions, and drifts far more slowly than direct training. That does
-# not make it free: in the toy world stage 2 costs subject accuracy, a little with a drift term and
+# few percent in at most 16 directions, and drifts far more slowly than direct training. But that
+# LoRA *teaches* more (Fig. S2) does not hold here: direct training gains a point more and loses
+# four times as much of the subjects; turned down to half its strength it is LoRA's equal. And
+# training the denoiser along is not the small matter of Fig. S4: it gains 1.8 points more. LoRA is
+# not free either: in the toy world stage 2 costs subject accuracy, a little with a drift term and
 # much without (the paper's λ = 0), where Tab. 3 sees nothing. (The toy's learning rate is far above
 # the paper's 1e-5: the size of the cost does not carry over, its existence may.) The dial is the
 # cheap remedy: half the strength keeps half the gain for next to no cost, and zero is the original.
