@@ -9,6 +9,8 @@ Everything comes from the records of ablations.py, by the rule of verdicts.py; a
 records is "not run yet".
 """
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 from ablations import ARMS, SEEDS
@@ -45,6 +47,7 @@ def tell(number: int) -> None:
     print(f"{claim.title} ({claim.source})\n  the paper: {claim.paper}")
     for words, equal in (("as trained", False), ("at equal retention", True)):
         print(f"  {words}: {said(judge(equal)[number - 1]).replace('**', '')}")
+    print(*textwrap.wrap(claim.finding, 96, initial_indent="  ", subsequent_indent="  "), sep="\n")
     for arm in arms_of(number):
         gain = points_gained(arm)
         many = f"{len(gain)} seeds"

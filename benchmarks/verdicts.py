@@ -55,6 +55,8 @@ class Claim:
     """further arms in the claim's table"""
     step: tuple[int, int] = (0, 0)
     """along stage 2: the step that should be ahead, and the other"""
+    finding: str = ""
+    """what was found, in a sentence; written after the runs"""
 
 
 BOTH = ("flow", "perceiver")
@@ -74,6 +76,8 @@ CLAIMS = (
         ahead=("flow-lambda0",),
         behind=("flow-end-to-end-lambda0",),
         shown=("flow", "flow-end-to-end"),
+        finding="Without a drift term stage 1 saves much of the old knowledge, and with it 4 points "
+        "of gain; scaled back to the same loss, neither way keeps more than 2.",
     ),
     Claim(
         "Logit-normal times teach more than uniform ones",
@@ -106,6 +110,8 @@ CLAIMS = (
         "LoRA is ahead on every backbone",
         ahead=("flow", "flow"),
         behind=("flow-direct", "flow-direct-tenth"),
+        finding="Direct training at LoRA's learning rate gains a point more and costs four times as "
+        "much of the subject; turned down to half its strength it is LoRA's equal.",
     ),
     Claim(
         "Training the denoiser along matters little",
@@ -114,6 +120,8 @@ CLAIMS = (
         ahead=("flow",),
         behind=("flow-all",),
         rule="level",
+        finding="Training along gains 1.8 points more for nearly the same loss: after 800 steps of "
+        "stage 1 the denoiser has not learnt all that it can pass on.",
     ),
     Claim(
         "More steps of stage 2 are not always better",
@@ -131,6 +139,7 @@ CLAIMS = (
         ahead=BOTH,
         behind=("original", "original"),
         shown=("joint",),
+        finding="Every seed of either gains more than 5 points.",
     ),
     Claim(
         "Light from scratch equals heavy pretrained",
@@ -388,6 +397,7 @@ def details(i: int, claim: Claim) -> list[str]:
     arms = [arm for arm in arms if arm != "original"]
     about = f"{claim.source}; the paper: {claim.paper}. Rule: {claim.rule}."
     lines = [f"## {i}. {claim.title}", "", about]
+    lines += ["", claim.finding] if claim.finding else []
     lines += ["", *table(HEAD, map(arm_row, arms))]
     for arm in arms:
         if ARMS[arm].steps:
