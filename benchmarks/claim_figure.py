@@ -47,7 +47,8 @@ def tell(number: int) -> None:
     print(f"{claim.title} ({claim.source})\n  the paper: {claim.paper}")
     for words, equal in (("as trained", False), ("at equal retention", True)):
         print(f"  {words}: {said(judge(equal)[number - 1]).replace('**', '')}")
-    print(*textwrap.wrap(claim.finding, 96, initial_indent="  ", subsequent_indent="  "), sep="\n")
+    if claim.finding:
+        print(textwrap.fill(claim.finding, 96, initial_indent="  ", subsequent_indent="  "))
     for arm in arms_of(number):
         gain = points_gained(arm)
         many = f"{len(gain)} seeds"

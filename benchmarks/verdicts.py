@@ -76,8 +76,8 @@ CLAIMS = (
         ahead=("flow-lambda0",),
         behind=("flow-end-to-end-lambda0",),
         shown=("flow", "flow-end-to-end"),
-        finding="Without a drift term stage 1 saves much of the old knowledge, and with it 4 points "
-        "of gain; scaled back to the same loss, neither way keeps more than 2.",
+        finding="Without a drift term stage 1 saves much of the old knowledge and 4 points of "
+        "gain; at equal retention neither way keeps more than 2.",
     ),
     Claim(
         "Logit-normal times teach more than uniform ones",
@@ -110,8 +110,8 @@ CLAIMS = (
         "LoRA is ahead on every backbone",
         ahead=("flow", "flow"),
         behind=("flow-direct", "flow-direct-tenth"),
-        finding="Direct training at LoRA's learning rate gains a point more and costs four times as "
-        "much of the subject; turned down to half its strength it is LoRA's equal.",
+        finding="Direct training at LoRA's learning rate gains a point more and loses four times as "
+        "many subjects; turned down to half its strength it is LoRA's equal.",
     ),
     Claim(
         "Training the denoiser along matters little",
@@ -120,7 +120,7 @@ CLAIMS = (
         ahead=("flow",),
         behind=("flow-all",),
         rule="level",
-        finding="Training along gains 1.8 points more for nearly the same loss: after 800 steps of "
+        finding="Training along gains 1.8 points more and costs hardly more: after 800 steps of "
         "stage 1 the denoiser has not learnt all that it can pass on.",
     ),
     Claim(
