@@ -110,8 +110,8 @@ CLAIMS = (
         "LoRA is ahead on every backbone",
         ahead=("flow", "flow"),
         behind=("flow-direct", "flow-direct-tenth"),
-        finding="Direct training at LoRA's learning rate gains a point more and loses four times as "
-        "many subjects; turned down to half its strength it is LoRA's equal.",
+        finding="Direct training at LoRA's learning rate gains a point more and loses four times "
+        "as many subjects; turned down to half its strength it is LoRA's equal.",
     ),
     Claim(
         "Training the denoiser along matters little",
