@@ -160,6 +160,8 @@ CLAIMS = (
         ahead=("flow", "perceiver", "joint"),
         behind=("flow-lambda0", "perceiver-lambda0", "joint-lambda0"),
         rule="no worse",
+        finding="It costs no gain and saves the subjects: without it 9 to 20 points of them are "
+        "lost, and at equal retention all but two points of the gain.",
     ),
     Claim(
         "A better generator is not always a better teacher",
