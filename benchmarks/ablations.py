@@ -13,7 +13,10 @@ stage 1 is taken from another arm: the same file, hence the same start.
 Every arm is judged twice. *As trained*: what the settings gave. *At equal retention*: its change of
 weights is scaled (training/blend.py, strength 0 to 2), and the gain is read where naming the
 subject has lost half a point, between two strengths by interpolation. An arm that merely pulls
-harder gains more and loses more; at equal retention it has no advantage.
+harder gains more and loses more; at equal retention it has no advantage. (Where strength 0.25 has
+cost half a point already, weaker ones are measured too. The first runs without a drift term were
+read on a straight line from 0 there, which is too low, since the loss bends and the gain does not:
+this, and no other thing, was changed after records were there.)
 
 The arms are those of the demo's length, since there are many: 800 + 300 steps of the flow denoiser,
 1500 + 450 of the Perceiver. Arms, seeds, claims and the rule of the verdicts (verdicts.py) were
@@ -38,6 +41,7 @@ from util.cli import run_command
 SEEDS = (1, 2, 3, 4, 5)
 RECORDS = HERE / "evidence"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+WEAK = (0.05, 0.1, 0.15, 0.2)  # where 0.25 costs too much already
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,27 +12,8 @@ records is "not run yet".
 import textwrap
 
 import matplotlib.pyplot as plt
-import numpy as np
 from ablations import ARMS, SEEDS
-from verdicts import CLAIMS, at_equal_retention, judge, point, record, said, t_interval
-
-
-def arms_of(number: int) -> list[str]:
-    """The arms of claim `number` (from 1), those that are compared first."""
-    claim = CLAIMS[number - 1]
-    arms = dict.fromkeys([*claim.ahead, *claim.behind, *claim.shown])
-    return [arm for arm in arms if arm != "original"]
-
-
-def points_gained(arm: str, equal: bool = False) -> np.ndarray:
-    """Points gained on unmentioned pairs, seed by seed (R,); empty where it was not run."""
-    base = point("original", 0)["unmentioned"].mean()
-    seeds = [seed for seed in SEEDS if record(arm, seed)]
-    right = [
-        at_equal_retention(arm, seed)[0] if equal else point(arm, seed)["unmentioned"]
-        for seed in seeds
-    ]
-    return np.array([100 * (r.mean() - base) for r in right])
+from verdicts import CLAIMS, judge, points_gained, said, t_interval
 
 
 def verdict_of(number: int) -> tuple[str, str]:
@@ -49,16 +30,19 @@ def tell(number: int) -> None:
         print(f"  {words}: {said(judge(equal)[number - 1]).replace('**', '')}")
     if claim.finding:
         print(textwrap.fill(claim.finding, 96, initial_indent="  ", subsequent_indent="  "))
-    for arm in arms_of(number):
+    for arm in claim.arms:
         gain = points_gained(arm)
-        many = f"{len(gain)} seeds"
-        told = f"{gain.mean():+5.1f} points, {many}: {ARMS[arm].flags}" if len(gain) else ""
-        print(f"  {arm:24} {told or 'not run yet'}")
+        if not len(gain):
+            print(f"  {arm:24} not run yet")
+            continue
+        print(f"  {arm:24} {gain.mean():+5.1f} points, {len(gain)} seeds: {ARMS[arm].flags}")
+        for step in ARMS[arm].steps:
+            print(f"  {f'after {step} steps':>24} {points_gained(arm, step=step).mean():+5.1f}")
 
 
 def draw(number: int) -> None:
     """A bar an arm, as trained and at equal retention: dots are seeds, lines 95 % intervals."""
-    arms = arms_of(number)
+    arms = CLAIMS[number - 1].arms
     figure, axis = plt.subplots(figsize=(8, 0.8 + 0.36 * len(arms)))
     for place, arm in enumerate(arms):
         for offset, equal, color in ((-0.18, False, "C0"), (0.18, True, "C1")):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ablations import ARMS, RECORDS, STRENGTHS, record_of, run_of
+from ablations import ARMS, RECORDS, STRENGTHS, WEAK, record_of, run_of
 from ceiling import by_pattern, through
 from condition import measure
 from report import CPU, ROOT, facts, parser
@@ -125,11 +125,17 @@ def main() -> None:
     enhanced = load_file(run / "enhanced" / "open_clip_model.safetensors")
     before = json.loads((RECORDS / "original.json").read_text())["subject"]
 
+    def too_much(row: dict) -> bool:
+        """The subject has lost `LOST` points."""
+        return before - 100 * row["subject"].mean() >= LOST
+
     def enough(row: dict) -> bool:
-        """Both verdicts can be read: as trained, and where the subject has lost `LOST` points."""
-        return row["strength"] >= 1 and before - 100 * row["subject"].mean() >= LOST
+        """Both verdicts can be read: as trained, and at equal retention."""
+        return row["strength"] >= 1 and too_much(row)
 
     points = measure_strengths(original, [enhanced], STRENGTHS, asked, enough)
+    if too_much(points[0]):
+        points = measure_strengths(original, [enhanced], WEAK, asked) + points
     found = {
         "arm": args.arm,
         "flags": arm.flags,

@@ -27,8 +27,9 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from claim_figure import draw, points_gained, tell
+from claim_figure import draw, tell
 from einops import rearrange
+from verdicts import points_gained
 
 from data import CachedPictures
 from evaluation.reconstruction import reconstruct

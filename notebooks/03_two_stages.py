@@ -31,7 +31,8 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from claim_figure import draw, points_gained, tell, verdict_of
+from claim_figure import draw, tell, verdict_of
+from verdicts import points_gained
 
 from data import CachedPictures
 from evaluation.encoder import Encoder
@@ -341,10 +342,8 @@ if lost := measured["end to end, λ = 0"].get("subjects"):
 # %% [markdown]
 # The same question at equal retention, where an arm that pulls harder has no advantage.
 #
-# Twelve claims were tried with five seeds each (`benchmarks/ablations.py`, `docs/EVIDENCE.md`) by
-# a rule written before the runs (`benchmarks/verdicts.py`), on runs as long as those of
-# `make demo`. *At equal retention*: each arm's change of weights is scaled until naming the subject
-# has lost half a point, so that an arm that merely pulls harder gains nothing by it.
+# (`docs/EVIDENCE.md`: five seeds, the demo's length. *At equal retention*: the change of weights is
+# scaled until the subjects have lost half a point; notebook 02 says more.)
 
 # %%
 tell(2)

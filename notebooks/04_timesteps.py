@@ -28,7 +28,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from claim_figure import draw, points_gained, tell, verdict_of
+from claim_figure import draw, tell, verdict_of
+from verdicts import points_gained
 
 from flow_denoiser import euler_sample, sample_timesteps, straight_path, timestep_density
 from toy import world
@@ -189,10 +190,8 @@ assert order == sorted(order), "the wider t is spread, the more small t, the str
 # By the gradient above, uniform t should move the toy's tower harder than s = 1, since it draws
 # small t more often. Harder is not better: only whole runs of both stages can tell.
 #
-# Twelve claims were tried with five seeds each (`benchmarks/ablations.py`, `docs/EVIDENCE.md`) by
-# a rule written before the runs (`benchmarks/verdicts.py`), on runs as long as those of
-# `make demo`. *At equal retention*: each arm's change of weights is scaled until naming the subject
-# has lost half a point, so that an arm that merely pulls harder gains nothing by it.
+# (`docs/EVIDENCE.md`: five seeds, the demo's length. *At equal retention*: the change of weights is
+# scaled until the subjects have lost half a point; notebook 02 says more.)
 
 # %%
 tell(3)

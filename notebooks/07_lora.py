@@ -26,8 +26,9 @@ import tempfile
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from claim_figure import draw, points_gained, tell, verdict_of
+from claim_figure import draw, tell, verdict_of
 from torch import nn
+from verdicts import points_gained
 
 import lora
 from evaluation import scoring
@@ -487,10 +488,8 @@ if "lambda0" in found:
 # preset's learning rate and a tenth of it), the tower alone or denoiser and projectors along with
 # it (Fig. S4).
 #
-# Twelve claims were tried with five seeds each (`benchmarks/ablations.py`, `docs/EVIDENCE.md`) by
-# a rule written before the runs (`benchmarks/verdicts.py`), on runs as long as those of
-# `make demo`. *At equal retention*: each arm's change of weights is scaled until naming the subject
-# has lost half a point, so that an arm that merely pulls harder gains nothing by it.
+# (`docs/EVIDENCE.md`: five seeds, the demo's length. *At equal retention*: the change of weights is
+# scaled until the subjects have lost half a point; notebook 02 says more.)
 
 # %%
 tell(6)

@@ -3,6 +3,7 @@ it makes, checked against the records."""
 
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -139,6 +140,39 @@ def test_drawings_stand_in_the_order_of_the_length_of_stage_1(records, tmp_path)
 
 
 # -- the table of arms and the document ----------------------------------------------------------
+def test_a_claim_in_a_notebook(records, capsys):
+    """In words and as bars: what was run of it, and that the rest was not."""
+    pytest.importorskip("matplotlib").use("Agg")
+    import claim_figure
+
+    for seed in verdicts.SEEDS:
+        records("flow", seed, pace=1)
+        records("flow-uniform", seed, pace=0.2)
+    number = 1 + [c.behind for c in verdicts.CLAIMS].index(("flow-uniform",))
+    claim_figure.tell(number)
+    said = capsys.readouterr().out
+    assert "as trained: holds +3.2" in said and "at equal retention: holds" in said
+    assert re.search(r"flow-uniform +\+0.8 points, 5 seeds: .*--time_distribution uniform", said)
+    assert re.search(r"flow-scale5 +not run yet", said)
+    assert claim_figure.verdict_of(number) == ("holds", "holds")
+    claim_figure.draw(number)
+    axis = claim_figure.plt.gcf().axes[0]
+    widths = {round(bar.get_width(), 1) for bar in axis.patches}
+    assert {4.0, 0.8} <= widths and len(axis.patches) == 4
+    assert len([t for t in axis.texts if t.get_text() == "not run yet"]) == 4
+    claim_figure.plt.close("all")
+
+
+def test_equal_retention_is_never_read_on_a_line_from_the_original():
+    """Loss bends: of every record the weakest strength has lost less than what is read at."""
+    before = json.loads((ablations.RECORDS / "original.json").read_text())["subject"]
+    records = sorted(ablations.RECORDS.glob("*-[1-5].json"))
+    assert len(records) >= 60
+    for file in records:
+        weakest = json.loads(file.read_text())["strengths"][0]
+        assert before - weakest["subject"] < verdicts.LOST, file.name
+
+
 def test_claims_name_arms_that_there_are():
     assert len(verdicts.CLAIMS) == 12
     for claim in verdicts.CLAIMS:
