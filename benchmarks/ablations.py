@@ -14,9 +14,9 @@ Every arm is judged twice. *As trained*: what the settings gave. *At equal reten
 weights is scaled (training/blend.py, strength 0 to 2), and the gain is read where naming the
 subject has lost half a point, between two strengths by interpolation. An arm that merely pulls
 harder gains more and loses more; at equal retention it has no advantage. (Where strength 0.25 has
-cost half a point already, weaker ones are measured too. The first runs without a drift term were
-read on a straight line from 0 there, which is too low, since the loss bends and the gain does not:
-this, and no other thing, was changed after records were there.)
+cost half a point already, weaker ones are measured too. That was added after records were there:
+arms without a drift term had been read on a straight line from 0, up to a point too low. It turned
+"two stages teach more", at equal retention, from undecided into holds not.)
 
 The arms are those of the demo's length, since there are many: 800 + 300 steps of the flow denoiser,
 1500 + 450 of the Perceiver. Arms, seeds, claims and the rule of the verdicts (verdicts.py) were

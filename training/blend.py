@@ -97,7 +97,7 @@ def folder_of(model: str) -> Path:
     found = next((place for place in places if (place / CONFIG).is_file()), None)
     if found is None:
         raise FileNotFoundError(
-            f"{model} holds no enhanced model: neither there nor in its enhanced/ is a {CONFIG}, "
+            f"{model} holds no enhanced model: neither there nor in its enhanced/ is {CONFIG}, "
             "which train.py writes at the end of stage 2"
         )
     if not (found / WEIGHTS).is_file():
