@@ -15,8 +15,8 @@ weights is scaled (training/blend.py, strength 0 to 2), and the gain is read whe
 subject has lost half a point, between two strengths by interpolation. An arm that merely pulls
 harder gains more and loses more; at equal retention it has no advantage. (Where strength 0.25 has
 cost half a point already, weaker ones are measured too. That was added after records were there:
-arms without a drift term had been read on a straight line from 0, up to a point too low. It turned
-"two stages teach more", at equal retention, from undecided into holds not.)
+arms without a drift term had been read on a straight line from 0, 0.5 to 1.1 points too low. It
+turned "two stages teach more", at equal retention, from undecided into holds not.)
 
 The arms are those of the demo's length, since there are many: 800 + 300 steps of the flow denoiser,
 1500 + 450 of the Perceiver. Arms, seeds, claims and the rule of the verdicts (verdicts.py) were
