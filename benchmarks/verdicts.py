@@ -310,6 +310,7 @@ def verdict(rule: str, effect: float, interval: tuple[float, float], p: float) -
     return "holds" if holds else "holds not" if not_so else "undecided"
 
 
+@cache
 def judge(equal: bool) -> list[dict | None]:
     """A verdict per claim; None: not run."""
     found: list[dict | None] = []
@@ -437,7 +438,9 @@ def document() -> str:
         "`benchmarks/ablations.py`, the rule of the verdicts at the top of "
         "`benchmarks/verdicts.py`; both were written before the runs. Points are percentage points "
         "of change. A claim about the full size is not decided by a toy. Where a claim names "
-        "several arms, its effect is their mean; each arm stands in the claim's table.",
+        "several arms, its effect is their mean; each arm stands in the claim's table. Seconds are "
+        "of shared cores that were up to ten times as fast on some days as on others: they say "
+        "what an arm took, not what it takes beside another.",
         "",
         *summary(),
         "",

@@ -72,14 +72,19 @@ def bits(right):
     return np.packbits(right).tobytes().hex()
 
 
+def forget():
+    """What was read and judged."""
+    for kept in (verdicts.record, verdicts.original, verdicts.judge):
+        kept.cache_clear()
+
+
 @pytest.fixture
 def records(tmp_path, monkeypatch):
     """Made-up records: flow wins 9 pairs (1 point) a quarter of strength, and loses 0.2 points of
     subject accuracy with each."""
     monkeypatch.setattr(verdicts, "RECORDS", tmp_path)
     monkeypatch.setattr(verdicts, "record_of", lambda arm, seed: tmp_path / f"{arm}-{seed}.json")
-    verdicts.record.cache_clear()
-    verdicts.original.cache_clear()
+    forget()
 
     def row(won, lost):
         right = np.arange(900) < 450 + won
@@ -93,8 +98,7 @@ def records(tmp_path, monkeypatch):
 
     (tmp_path / "original.json").write_text(json.dumps(row(0, 0)))
     yield write
-    verdicts.record.cache_clear()
-    verdicts.original.cache_clear()
+    forget()
 
 
 def test_bits_survive_the_record():
@@ -122,7 +126,7 @@ def test_an_arm_ahead_on_every_seed_is_ahead(records, monkeypatch):
         assert one["verdict"] == "holds" and one["effect"] > 1.5 and one["p"] < 1e-3
     records("flow-uniform", 3, pace=0.2)
     (verdicts.RECORDS / "flow-uniform-3.json").unlink()
-    verdicts.record.cache_clear()
+    forget()
     assert verdicts.judge(False) == [None] and verdicts.said(None) == "not run yet"
 
 
