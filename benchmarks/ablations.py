@@ -189,11 +189,19 @@ class Runner:
             if not has_stage1(run_of(arm, seed, self.runs), stage1_steps(ARMS[arm])):
                 self.train(arm, seed, "--stage", "1")
 
+    def heavy(self) -> None:
+        """The pretrained denoiser that `flow-heavy` starts from, once."""
+        with self.lock("heavy_denoiser", 0):
+            if not (ROOT / "runs" / "heavy_denoiser" / "denoiser.safetensors").is_file():
+                call([sys.executable, "benchmarks/heavy_denoiser.py"], self.runs / "log.txt")
+
     def job(self, arm: str, seed: int) -> None:
         """Train, measure, leave a record."""
         if record_of(arm, seed).is_file():
             return
         start = time.time()
+        if "--flux" in ARMS[arm].flags:
+            self.heavy()
         for source in filter(None, ARMS[arm].stage1.split(",")):
             self.stage1(source, seed)
         run = run_of(arm, seed, self.runs)
@@ -232,9 +240,6 @@ def main() -> None:
         if not (RECORDS / "original.json").is_file():
             script = [sys.executable, "benchmarks/evidence.py", "--arm", "original"]
             call(script, Path(args.runs) / "log.txt")
-        heavy = any("--flux" in ARMS[arm].flags for arm, _ in todo)
-        if heavy and not (ROOT / "runs" / "heavy_denoiser" / "denoiser.safetensors").is_file():
-            call([sys.executable, "benchmarks/heavy_denoiser.py"], Path(args.runs) / "log.txt")
         with ThreadPoolExecutor(args.workers) as pool:
             list(pool.map(lambda job: runner.job(*job), todo))
     from verdicts import write_verdicts
