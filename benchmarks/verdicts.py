@@ -103,6 +103,8 @@ CLAIMS = (
         behind=("flow-blocks4", "perceiver-layers8"),
         rule="no worse",
         shown=("flow-blocks2", "flow-blocks3", "perceiver-layers2", "perceiver-layers6"),
+        finding="Two to four times the depth gains as much; at equal retention it is 0.8 points "
+        "ahead, no more than the seeds differ by.",
     ),
     Claim(
         "Mask ratios 50 to 90 % teach more than 90 %",

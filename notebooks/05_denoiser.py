@@ -483,6 +483,7 @@ if scores is not None:
 # %%
 tell(4)
 draw(4)
+assert verdict_of(4)[0] == "holds", "m = 4 and 8 layers gain no more than m = 1 and 4 layers"
 for arm in ("flow", "perceiver"):
     assert points_gained(arm).min() > 3, "small, from random weights, and every seed gains"
 
@@ -504,12 +505,13 @@ assert after[50] < after[400] - 2 and after[1200] > after[400] - 1, "… and 120
 
 # %% [markdown]
 # **What to take home.** A denoiser is a short stack of blocks that a page can hold. Its size costs
-# time in proportion, and at equally few steps buys hardly any better drawings. A generator must be
-# able to draw, or it teaches little; a small one from random weights is able enough.
+# time in proportion, buys hardly any better drawings at equally few steps, and teaches CLIP no more
+# (Tab. 5 holds). A generator must be able to draw, or it teaches little; a small one from random
+# weights is able enough.
 #
 # **What is not shown.** The paper's own tables differ by one pair of 135 between depths, and
 # between 1.31 B and pretrained 11.90 B: no difference, in either direction. The title's stronger
 # reading, that a better generator is a worse teacher, has no verdict here: over stage 2, drawings
 # and gain go up together; over stage 1, see the hint above, with its price in drift. Whole runs by
-# length of stage 1, by depth and from pretrained weights would tell. Notebook 02 tries better
-# drawings through patch tokens. Next: noise or masks, or both (06).
+# length of stage 1 and from pretrained weights would tell. Notebook 02 tries better drawings
+# through patch tokens. Next: noise or masks, or both (06).

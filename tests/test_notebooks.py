@@ -72,6 +72,25 @@ def test_it_was_executed_in_order_without_noise(source):
 
 
 @ONE_BY_ONE
+def test_verdicts_that_are_shown_are_those_of_the_records(source, monkeypatch):
+    """Runs come, and what is corrected for twelve claims moves: an old notebook shows."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from verdicts import CLAIMS, judge, said
+
+    shown = json.loads(source.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    outputs = [o for c in shown["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+    lines = "".join("".join(o.get("text", "")) for o in outputs).splitlines()
+    told = [(n, c) for n, c in enumerate(CLAIMS) if f"{c.title} ({c.source})" in lines]
+    assert bool(told) == ("tell(" in source.read_text(encoding="utf-8"))
+    todo = f"run python notebooks/build.py {source.name[:2]}"
+    for number, claim in told:
+        start = lines.index(f"{claim.title} ({claim.source})")
+        verdicts = [said(judge(equal)[number]).replace("**", "") for equal in (False, True)]
+        now = [f"  as trained: {verdicts[0]}", f"  at equal retention: {verdicts[1]}"]
+        assert lines[start + 2 : start + 4] == now, todo
+
+
+@ONE_BY_ONE
 def test_cells_are_short_and_claims_are_asserted(source):
     cells = cells_of(source)
     for kind, text in cells:
