@@ -181,6 +181,9 @@ CLAIMS = (
         behind=("flow-stage1-2800",),
         rule="no worse",
         shown=("flow-stage1-100", "flow-stage1-200", "flow-stage1-400", "flow-stage1-1400"),
+        finding="A stage 1 of 2800 steps instead of 800 draws far better (held-out loss 0.30 "
+        "instead of 0.42, 42 % of pairs told apart in drawings instead of 23) and "
+        "teaches no more.",
     ),
 )  # fmt: skip
 
