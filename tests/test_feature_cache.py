@@ -223,7 +223,7 @@ def test_what_is_no_cache_is_refused(tmp_path, make_genhancer, small_files):
     made(folder, pictures, make_genhancer())
     for content in ("{", "[]", "{}"):
         (folder / "about.json").write_text(content)
-        with pytest.raises(ValueError, match="about.json is damaged: delete that folder"):
+        with pytest.raises(ValueError, match="about.json is damaged, or .* delete that"):
             made(folder, pictures, make_genhancer())
     (folder / "about.json").unlink()
     with pytest.raises(ValueError, match="features without about.json"):

@@ -411,7 +411,9 @@ def claimed(folder: Path, mine: dict) -> str:
         theirs = unseal(about.read_text(encoding="utf-8"))
         token = theirs["token"]
     except (ValueError, KeyError):
-        raise ValueError(f"--cache {folder}: about.json is damaged: delete that folder") from None
+        raise ValueError(
+            f"--cache {folder}: about.json is damaged, or of an earlier version: delete that folder"
+        ) from None
     message = (
         f"--cache {folder} holds features of other {{what}} ({{difference}}): give another folder, "
         "or delete that one"
