@@ -52,8 +52,8 @@ def sample_timesteps(
     """Draw `count` times in [0, 1].
 
     "logit-normal" is the paper's scaled logit-normal; its `scale` s is Tab. 4's: small s stays near
-    t = 1/2, where the velocity is hardest to guess, large s piles up at both ends. "uniform" is
-    rectified flow's own choice and Tab. 4's first row.
+    t = 1/2, where the paper has the velocity hardest to guess, large s piles up at both ends.
+    "uniform" is rectified flow's own choice and Tab. 4's first row.
 
     Raises: ValueError for an unknown distribution or a scale that is not positive.
     """

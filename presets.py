@@ -24,10 +24,9 @@ BACKBONES = {
 }
 
 # The toy: the same code at a size that two CPU cores train in minutes. Where it leaves the paper's
-# settings, the reason is its few steps (hundreds, not 100 000 + 5 000): small batches for more
+# settings, the reason is its few steps (400 to 3 000, not 100 000 + 5 000): small batches for more
 # steps, higher rates with a cosine to end quietly, AdaLN-zero for a quick start, and a light drift
-# term (λ of Eq. 5) for what the paper's 100 times smaller rate does at full size: staying near the
-# original.
+# term (λ of Eq. 5) to stay near the original, since stage 2's rate is 70 to 90 times the paper's.
 TOY = {
     "clip": str(TOY_DIR / "clip.safetensors"),
     "toy_images": 12_288,

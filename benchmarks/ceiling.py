@@ -3,11 +3,11 @@ have gone through them, by pattern.
 
     python benchmarks/ceiling.py --run runs/toy --run runs/toy-perceiver
 
-What a tokenizer drops no denoiser can draw, and what a denoiser does not draw it cannot teach. The
-judge is the original CLIP, and it judges *mentioned* subjects, on which it sees every pattern well:
-where its verdict falls on the reconstructions, the detail is gone. Drawings are given the [CLS]
-token of the original picture and nothing else, and come from stage 1 of the runs. Writes
-benchmarks/ceiling.json and ceiling.md.
+What a tokenizer drops no denoiser can draw. What a denoiser draws badly it may teach all the same
+(docs/RESULTS.md). The judge is the original CLIP, and it judges *mentioned* subjects, on which it
+sees every pattern well: where its verdict falls on the reconstructions, the detail is gone.
+Drawings are given the [CLS] token of the original picture and nothing else, and come from stage 1
+of the runs. Writes benchmarks/ceiling.json and ceiling.md.
 """
 
 import numpy as np

@@ -21,7 +21,7 @@ from util.cli import run_command
 RUNS = {  # seed 1 of each
     "flow, λ = 0.02": "drift0.02-seed1",
     "flow, λ = 0 (the paper)": "drift0-seed1",
-    "perceiver, λ = 0.1": "perceiver-seed1",
+    "perceiver, λ = 0.15": "perceiver-seed1",
     "perceiver, λ = 0 (the paper)": "perceiver_lambda0-seed1",
 }
 

@@ -75,7 +75,7 @@ class Way:
 
 
 WAYS = (
-    Way("as before: no option"),
+    Way("no option"),
     Way("tokenizer channels last", channels_last=True),
     Way("tokenizer bf16, channels last", "bf16", True),
     Way("frozen parts in bf16", frozen_dtype="bf16"),
@@ -350,7 +350,7 @@ def main(args) -> None:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True  # as start_process does on a GPU
     rows = [figures(way, 1, args.images) for way in WAYS]
-    chosen = [way for way in WAYS if way.name in ("as before: no option", "all together")]
+    chosen = [way for way in WAYS if way.name in ("no option", "all together")]
     sizes = [
         figures(way, stage, images) for stage in (1, 2) for images in (2, 16, 32) for way in chosen
     ]

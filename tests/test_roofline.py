@@ -17,9 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import roofline
 
 GPU = Process(device=torch.device("cuda"), autocast=True)
-BARE, ALL = (
-    next(w for w in roofline.WAYS if w.name == n) for n in ("as before: no option", "all together")
-)
+BARE, ALL = (next(w for w in roofline.WAYS if w.name == n) for n in ("no option", "all together"))
 
 
 class Crossings(TorchDispatchMode):
