@@ -107,7 +107,13 @@ def main() -> None:
         "loss told another scene's text": other,
     }
     command = f"python benchmarks/heavy_denoiser.py --steps {args.steps}"
-    lines = [headline(command, facts()) + ".", "", *table(["", "measured"], found.items())]
+    rows = [
+        ["parameters, M", f"{found['parameters'] / 1e6:.2f}"],
+        ["minutes, one thread", found["minutes"]],
+        ["loss on 1024 scenes never seen, told their text", f"{held_out:.3f}"],
+        ["the same, told another scene's text", f"{other:.3f}"],
+    ]
+    lines = [headline(command, facts()) + ".", "", *table(["", "measured"], rows)]
     publish("heavy_denoiser", lines, {"command": command, **facts(), **found})
 
 
