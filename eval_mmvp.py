@@ -84,7 +84,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation import report, results
@@ -98,7 +97,7 @@ from evaluation.encoder import (
     name_models,
 )
 from evaluation.margins import margin_picture, margin_rows, match_line
-from evaluation.scoring import MMVP_PATTERNS, similarities, summarise, verdicts
+from evaluation.scoring import MMVP_PATTERNS, mean_cosine, similarities, summarise, verdicts
 from settings import settings_of_run
 from toy import benchmark as toy
 
@@ -214,7 +213,7 @@ def evaluate_toy(encoders: list[Encoder], per_pattern: int = 100, seed: int = 0)
     # Is the information in the features at all (probe), and how far have they moved (cosine)?
     first = measured[encoders[0].name]["features"]
     for name, m in measured.items():
-        cosine = float(F.cosine_similarity(first, m["features"]).mean())
+        cosine = mean_cosine(first, m["features"])
         found.features[name] = {"probe": m["probe"], "cosine_to_first": cosine}
     return found
 

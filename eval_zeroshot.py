@@ -94,7 +94,7 @@ from evaluation.encoder import (
     load_encoders,
     name_models,
 )
-from evaluation.scoring import compared, ridge_probe
+from evaluation.scoring import compared, mean_cosine, ridge_probe
 from toy import benchmark as toy
 
 # CIFAR-100, SUN397, Cars and ImageNet are four of the nine sets of Tab. 3.
@@ -255,23 +255,31 @@ def probe(encoders: list[Encoder], classes: Classes, seed: int = 0) -> dict[str,
     return found
 
 
+def check_layers(encoders: list[Encoder]) -> None:
+    """Have all of them the same layers? One blank picture tells, before hours of pictures. Raises:
+    ValueError naming a model that has others, or none."""
+    blank = np.zeros((32, 32, 3), np.uint8)
+    shapes = [[tuple(layer.shape) for layer in encoder.layers([blank])] for encoder in encoders]
+    for encoder, shape in zip(encoders, shapes, strict=True):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"--layers: {encoder.name} has {len(shape)} layers of width {shape[0][-1]}, "
+                f"{encoders[0].name} {len(shapes[0])} of {shapes[0][0][-1]}: leave --layers out"
+            )
+
+
 def drift(encoders: list[Encoder], pictures: list, per_layer: bool) -> dict[str, dict]:
-    """Mean cosine to the first model's features; on request, to its mean token after each layer."""
+    """Mean cosine to the first model's features (None where they have another width); on request,
+    to its mean token after each layer."""
     first, *others = encoders
     base = first.images(pictures)
     layers = first.layers(pictures) if per_layer else []
     found = {}
     for encoder in others:
-        about = {"features": float(F.cosine_similarity(base, encoder.images(pictures)).mean())}
+        found[encoder.name] = {"features": mean_cosine(base, encoder.images(pictures))}
         if per_layer:
-            theirs = encoder.layers(pictures)
-            # Another architecture has other layers: nothing to put side by side.
-            if len(theirs) != len(layers) or theirs[0].shape != layers[0].shape:
-                raise ValueError(f"--layers: {encoder.name} and {first.name} differ in shape")
-            about["layers"] = [
-                float(F.cosine_similarity(a, b).mean()) for a, b in zip(layers, theirs, strict=True)
-            ]
-        found[encoder.name] = about
+            both = zip(layers, encoder.layers(pictures), strict=True)
+            found[encoder.name]["layers"] = [mean_cosine(*pair) for pair in both]
     return found
 
 
@@ -361,9 +369,9 @@ def drift_text(found: dict[str, dict], first: str, n: int) -> str:
     """What `drift` found, in sentences; `first` is the model it was compared with."""
     lines = []
     for name, about in found.items():
-        lines.append(
-            f"{name}: mean cosine to {first}'s features on {n} pictures {about['features']:.4f}\n"
-        )
+        if about["features"] is not None:
+            near = f"{about['features']:.4f}"
+            lines.append(f"{name}: mean cosine to {first}'s features on {n} pictures {near}\n")
         if "layers" in about:
             values = " ".join(f"{v:.3f}" for v in about["layers"])
             lines.append(f"{name}: after each layer, mean token: {values}\n")
@@ -394,6 +402,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache = cache_folder(settings.cache, settings.runs)
     encoders = load_encoders(list(models.values()), device, cache)
+    if settings.layers:
+        check_layers(encoders)
     words = any(encoder.info.words for encoder in encoders)
     if words and settings.template.startswith("imagenet"):
         templates = [toy.TEMPLATE]  # the toy's vocabulary knows no other

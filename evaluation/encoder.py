@@ -94,14 +94,21 @@ class Encoder:
 
     @torch.no_grad()
     def layers(self, pictures: list[Picture], batch: int = 64) -> list[Tensor]:
-        """Mean token of the image tower after each block, one (K, D) a layer."""
+        """Mean token of the image tower after each block, one (K, D) a layer.
+
+        Raises: ValueError for a tower that is no ViT.
+        """
         visual = self.clip.visual
-        blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
+        part = getattr(visual, "trunk", None) or getattr(visual, "transformer", None)
+        blocks = getattr(part, "blocks", None) or getattr(part, "resblocks", None)
+        if not blocks or hasattr(part, "stages"):  # a ResNet, a ConvNeXt: no blocks of tokens
+            raise ValueError(f"--layers: {self.name}'s image tower is no ViT: leave --layers out")
+        tokens = 1 if getattr(part, "batch_first", True) else 0  # their axis: `_tokens_first`
         found: list[list[Tensor]] = [[] for _ in blocks]
 
         def keep(layer: int):
-            def hook(module, inputs, output):
-                found[layer].append(output.mean(1).float().cpu())
+            def hook(module, inputs, output):  # (K, N, D) or (N, K, D)
+                found[layer].append(output.mean(tokens).float().cpu())
 
             return hook
 

@@ -119,7 +119,8 @@ def _beside(
     if cosine and group:
         line = ["cosine to the original", "", "1"]
         for name in group:
-            line += [f"{cosine[name]:.3f}", *([""] * (2 if single else 1))]
+            near = "–" if cosine[name] is None else f"{cosine[name]:.3f}"  # another width
+            line += [near, *([""] * (2 if single else 1))]
         table.append(line)
     return table
 

@@ -134,6 +134,14 @@ def margin_and_bias(similarity: Tensor) -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------------
 # Statistics
 # ------------------------------------------------------------------------------------------------
+def mean_cosine(first: Tensor, other: Tensor) -> float | None:
+    """How near features (K, d) have stayed to the first model's. None where d differs: two spaces
+    have no angle between them."""
+    if first.shape != other.shape:
+        return None
+    return float(F.cosine_similarity(first, other, dim=-1).mean())
+
+
 def ridge_probe(features: Tensor, labels: Tensor, test: Tensor, strength: float = 1e-2) -> Tensor:
     """A linear probe in closed form: which class does ridge regression on frozen features see?
 

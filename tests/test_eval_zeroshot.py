@@ -17,7 +17,7 @@ from test_wrong_input import command
 import eval_zeroshot as ez
 from evaluation.encoder import Encoder
 from evaluation.scoring import mcnemar, ridge_probe
-from pretrained.backbones import load_clip
+from pretrained.backbones import ClipInfo, build_clip, load_clip
 from toy import benchmark
 from toy.world import TOY_DIR
 
@@ -157,6 +157,58 @@ def test_both_sides_in_one_call(classes, captions, enhanced, tmp_path):
     image, text = by_hand(images.double(), texts.double(), read.owner[:40], 1)
     hits = ez.retrieval_hits(images, texts, read.owner[:40])
     assert hits["image@1"].tolist() == image and hits["text@1"].tolist() == text
+
+
+def other_model(folder, embed_dim=None, **vision):
+    """The toy CLIP's kin with random weights; a key of `vision` that is None is left out."""
+    about = load_clip(str(TOY))[1].open_clip_config()
+    tower = {**about["model_cfg"]["vision_cfg"], **vision}
+    about["model_cfg"]["vision_cfg"] = {k: v for k, v in tower.items() if v is not None}
+    about["model_cfg"]["embed_dim"] = embed_dim or about["model_cfg"]["embed_dim"]
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    clip = build_clip(ClipInfo.from_config("x", about))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_models_of_other_widths_have_no_cosine(classes, tmp_path):
+    narrow = other_model(tmp_path / "narrow", embed_dim=24)
+    flags = ["--model", TOY, "--model", narrow, "--classify", classes, "--cache", "none"]
+    code, out = run(*flags, "--out", tmp_path / "out")
+    assert code == 0 and "mean cosine" not in out, out
+    assert next(iter(result_in(tmp_path / "out")["drift"].values())) == {"features": None}
+    code, out = run(*flags, "--model", tmp_path / "narrow2", "--out", tmp_path / "x")
+    assert code == 2  # no such model
+    shutil.copytree(narrow, tmp_path / "again")
+    code, out = run(*flags, "--model", tmp_path / "again", "--out", tmp_path / "three")
+    assert code == 0 and "–" in next(line for line in out.splitlines() if "cosine" in line), out
+
+
+def test_towers_with_other_layers_are_refused_before_the_work(classes, tmp_path):
+    flags = ["--model", TOY, "--classify", classes, "--cache", "none", "--layers"]
+    short = other_model(tmp_path / "short", layers=2)
+    code, out = run(*flags, "--model", short, "--out", tmp_path / "out")
+    assert code == 2 and "short has 2 layers of width" in out, out
+    sizes = {"layers": [1, 1, 1, 1], "width": 8, "patch_size": None, "head_width": 8}
+    convolutional = other_model(tmp_path / "resnet", **sizes)
+    code, out = run(*flags, "--model", convolutional, "--out", tmp_path / "out")
+    assert code == 2 and "resnet's image tower is no ViT: leave --layers out" in out, out
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_are_means_over_tokens():
+    encoder = Encoder("x", *load_clip(str(TOY)), CPU)
+    pictures = [pixels for _, pixels in benchmark.held_out_scenes()[:5]]
+    found = encoder.layers(pictures, batch=2)
+    seen, last = [], encoder.clip.visual.transformer.resblocks[-1]
+    hook = last.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for picture in pictures:  # one at a time: the axis of length 1 is the picture's
+        encoder.images([picture])
+    hook.remove()
+    alone = torch.stack([tokens.squeeze().mean(0) for tokens in seen])
+    assert {layer.shape for layer in found} == {alone.shape}
+    assert torch.allclose(found[-1], alone, atol=1e-5)
 
 
 def test_a_second_call_is_answered_from_the_cache(classes, tmp_path):
