@@ -49,7 +49,6 @@ ALLOWED["tokenizer_kwargs"] = {"clean", "strip_sep_token", "language"}
 PLAIN = re.compile(r"(\w[\w.-]*/)?[\w.-]*")
 # What a terminal would obey, as it is shown: names of files may hold anything.
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-# -- Which tensor becomes which ------------------------------------------------------------------
 # What happens to tensors on their way: open_clip → transformers, and transformers → open_clip.
 CHANGES = {
     "same": (lambda *x: x, lambda *x: x),
@@ -106,6 +105,10 @@ def kind_of(model: nn.Module) -> str:
     Raises: ValueError for towers that transformers' CLIP and SigLIP cannot express."""
     for kind, (_, *towers) in KINDS.items():
         if {*towers} <= dict(model.named_modules()).keys():
+            if kind == "clip":  # no tensor tells how text and image are pooled, no error would
+                pools = model.visual.pool_type, model.text_pool_type
+                if pools != ("tok", "argmax") or model.attn_mask is None:
+                    raise ValueError("transformers' CLIP pools and masks its tokens in another way")
             return kind
     raise ValueError("neither a CLIP with a ViT nor a SigLIP: transformers has no layout for it")
 
@@ -117,9 +120,8 @@ def _names(pattern: str) -> list[str]:
 
 
 def rules_for(model: nn.Module) -> list[tuple[str, list[str], list[str]]]:
-    """The tables, written out for one model as open_clip builds it; the meta device will do.
-    Returns: a change, its names in open_clip and its names in transformers, rule by rule.
-    Raises: ValueError as `kind_of`."""
+    """The tables, written out for one model as open_clip builds it, be it on the meta device.
+    A rule: change, names in open_clip, names in transformers. Raises: ValueError as `kind_of`."""
     rows, *towers = KINDS[kind_of(model)]
     for blocks, tower in zip(towers, TOWERS, strict=True):
         for i in range(len(model.get_submodule(blocks))):
@@ -136,8 +138,7 @@ def rules_for(model: nn.Module) -> list[tuple[str, list[str], list[str]]]:
 def convert(state: dict[str, Tensor], rules: list, export: bool) -> dict[str, Tensor]:
     """All tensors to the other side. Each must be used: one that no rule asks for would be dropped
     in silence, and the copy would be another model. `rules`: those of `rules_for`.
-    Returns: tensors by their new names, contiguous: safetensors stores no transposed views.
-    Raises: ValueError naming a tensor that is missing or left over."""
+    Returns: tensors, contiguous for safetensors. Raises: ValueError naming one missing or over."""
     state, result = dict(state), {}
     for change, ours, theirs in rules:
         here, there = (ours, theirs) if export else (theirs, ours)
@@ -193,8 +194,7 @@ def activation_name(blocks: nn.Module) -> str:
 def transformers_config(model: nn.Module, about: dict, state: dict[str, Tensor]) -> dict:
     """config.json. Nothing is left to transformers' defaults, which are those of other models.
     Args: model: as open_clip builds it; about: its open_clip config; state: the exported tensors.
-    Returns: the file as a dict, with `about` inside, so that the way back need not be derived.
-    Raises: ValueError as `kind_of` and `activation_name`."""
+    Returns: the file, `about` inside for the way back. Raises: ValueError as `activation_name`."""
     kind = kind_of(model)
     # model_type picks the class that reads this file, architectures the one that loads weights.
     whole = {"model_type": kind, "torch_dtype": "float32", OURS: about}
@@ -250,15 +250,18 @@ def open_clip_config(config: dict, folder: Path) -> dict:
 def _clip_architecture(config: dict, folder: Path) -> dict:
     """A CLIP is described in full; what config.json leaves out is as in transformers' ViT-B/32."""
     vision, text = config["vision_config"], config["text_config"]
-    activation = vision.get("hidden_act", "quick_gelu")
-    if activation not in ("quick_gelu", "gelu"):
-        raise ValueError(f"{folder}: hidden_act {activation!r} has no switch in open_clip")
+    activation, other = (part.get("hidden_act", "quick_gelu") for part in (vision, text))
+    if activation not in ("quick_gelu", "gelu") or other != activation:
+        raise ValueError(f"{folder}: hidden_act {activation}, {other} has no switch in open_clip")
     names = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
     shapes = zip((vision, text), ((768, 12, 12, 3072), (512, 12, 8, 2048)), strict=True)
     images, words = (
         {"width": width, "layers": layers, "heads": heads, "mlp_ratio": hidden / width}
         for width, layers, heads, hidden in (map(part.get, names, sizes) for part, sizes in shapes)
     )
+    for ours, theirs in ((images, vision), (words, text)):
+        if (eps := theirs.get("layer_norm_eps", 1e-5)) != 1e-5:  # open_clip's
+            ours["norm_kwargs"] = {"eps": eps}
     # open_clip wants the width of a head for images, but the number of heads for text
     images["head_width"] = images["width"] // images.pop("heads")
     images |= {k: vision.get(k, v) for k, v in (("image_size", 224), ("patch_size", 32))}
@@ -348,13 +351,11 @@ def model_card(library: str, source: str, code: str, about: dict) -> str:
 
 def read_open_clip(model: str) -> tuple[dict, nn.Module, list[str]]:
     """A CLIP in any spelling of --model, but transformers' layout.
-    Returns: the open_clip config, the model, and lines that the user should read.
-    Raises: ValueError or OSError naming what is wrong."""
+    Returns: open_clip config, model, lines for the user. Raises: ValueError or OSError."""
     path, (name, _, tag) = Path(model), model.partition(":")
     if path.is_dir() or name not in open_clip.list_models():
         if not path.is_dir() and path.suffix != ".safetensors":
-            what = "no folder, no .safetensors file, no NAME:TAG of open_clip (ViT-B-32:openai)"
-            raise ValueError(f"{model}: {what}")
+            raise ValueError(f"{model}: no folder, .safetensors or NAME:TAG (ViT-B-32:openai)")
         beside = "open_clip_config.json", "open_clip_model.safetensors"
         files = map(path.joinpath, beside) if path.is_dir() else (path.with_suffix(".json"), path)
         about, state = map(_read, files)
@@ -428,9 +429,8 @@ def _read(file: Path) -> dict:
 
 
 def export(model: str | Path, target: Path) -> list[str]:
-    """open_clip → transformers folder. All is checked before the first file is written.
-    Args: model: any spelling of --model but transformers' layout. Returns: what was written.
-    Raises: ValueError or OSError naming the file or the folder at fault."""
+    """open_clip (as --model spells it) → transformers folder; all is checked before it is written.
+    Returns: what was written. Raises: ValueError or OSError naming what is at fault."""
     about, whole, notes = read_open_clip(str(model))
     tensors = convert(whole.state_dict(), rules_for(whole), export=True)
     config = transformers_config(whole, about, tensors)

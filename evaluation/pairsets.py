@@ -21,6 +21,8 @@ Paths are relative to the file.
 """
 
 import csv
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,7 +204,8 @@ def read_json(file: Path) -> PairSet:
 def apply_doubts(items: list[Item], file: str | Path) -> list[Item]:
     """A benchmark without known doubts: ``{"leave_out": [...], "swap": [...]}`` of item names.
 
-    For MMVP-VLM a name is "1-2"; either of its ids will do. Swapping exchanges the two captions.
+    For MMVP-VLM a name is "1-2"; either of its ids will do, unless an item has that very name.
+    Swapping exchanges the two captions.
 
     Raises: FileNotFoundError; ValueError for a file of another shape, a name that is not in the
         benchmark, or if nothing is left.
@@ -211,7 +214,11 @@ def apply_doubts(items: list[Item], file: str | Path) -> list[Item]:
         raise FileNotFoundError(f"doubts: no file {file}")
     doubts = read_checked(file, DOUBTS, "doubts:")
     out, swap = ({printable(str(n)) for n in doubts.get(k, [])} for k in ("leave_out", "swap"))
-    called = {alias: item.name for item in items for alias in (item.name, *item.name.split("-"))}
+    pairs = [item.name for item in items if re.fullmatch(r"\d+-\d+", item.name)]
+    ids = [(one, name) for name in pairs for one in name.split("-")]
+    several = Counter(one for one, _ in ids)
+    called = {one: name for one, name in ids if several[one] == 1}
+    called |= {item.name: item.name for item in items}
     unknown = sorted((out | swap) - called.keys())
     if unknown:
         names = f"{', '.join(unknown[:10]):.200}{' …' if len(unknown) > 10 else ''}"

@@ -273,6 +273,21 @@ def test_doubts_are_off_by_default_and_print_both_figures(folder, tmp_path):
     assert wrong.returncode == 2 and "names 99, not in this benchmark" in wrong.stderr
 
 
+def test_a_doubt_about_one_item_is_about_no_other(tmp_path):
+    names = ("1", "2", "1-2", "3-4", "4-5", "cat-1", "cat-2")
+    items = [pairsets.Item("all", ("a", "b"), ("x", "y"), name) for name in names]
+
+    def left(*doubted):
+        (tmp_path / "doubts.json").write_text(json.dumps({"leave_out": doubted}))
+        return [i.name for i in pairsets.apply_doubts(items, tmp_path / "doubts.json")]
+
+    assert left(1) == [n for n in names if n != "1"], "an exact name before the id of a pair"
+    assert left("3", "cat-1") == ["1", "2", "1-2", "4-5", "cat-2"]
+    for unknown in ("cat", 4):  # no pair of ids; an id of two pairs
+        with pytest.raises(ValueError, match=f"names {unknown}, not in this benchmark"):
+            left(unknown)
+
+
 def test_the_papers_rows_stand_beside_known_backbones(tmp_path):
     for name, rows in ev.PAPER.items():
         for row in rows:

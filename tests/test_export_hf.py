@@ -103,6 +103,22 @@ def test_transformers_loads_it_and_sees_the_same(tmp_path, model_cfg, preprocess
     assert json.loads(configs[0]) == json.loads(configs[1])
 
 
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("text_cfg", {"pool_type": "eos", "eos_id": 2}),  # MetaCLIP 2's worldwide models
+        ("text_cfg", {"no_causal_mask": True}),
+        ("vision_cfg", {"pool_type": "avg"}),
+    ],
+)
+def test_what_pools_in_another_way_is_refused(tmp_path, part, change):
+    """All names and shapes would fit, and every feature would be another."""
+    write_folder(tmp_path / "in", {**TINY_CLIP, part: {**TINY_CLIP[part], **change}}, PREPROCESS)
+    with pytest.raises(ValueError, match="pools and masks its tokens in another way"):
+        export_hf.export(tmp_path / "in", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_open_clip_loads_what_came_back(tmp_path):
     model = write_folder(tmp_path / "in", TINY_CLIP, PREPROCESS)
     export_hf.export(tmp_path / "in", tmp_path / "hf")
@@ -112,12 +128,12 @@ def test_open_clip_loads_what_came_back(tmp_path):
     assert torch.equal(model.encode_image(images), again.eval().encode_image(images))
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_a_folder_that_transformers_wrote(tmp_path, activation):
+@pytest.mark.parametrize("activation, eps", [("quick_gelu", 1e-5), ("gelu", 1e-2)])
+def test_a_folder_that_transformers_wrote(tmp_path, activation, eps):
     """Weights released in transformers' layout, sharded or pickled, without our notes inside."""
     torch.manual_seed(0)
     tower = {"intermediate_size": 96, "num_attention_heads": 2, "hidden_act": activation}
-    tower |= {"num_hidden_layers": 2, "projection_dim": 24}
+    tower |= {"num_hidden_layers": 2, "projection_dim": 24, "layer_norm_eps": eps}
     vision = dict(hidden_size=48, image_size=32, patch_size=8, **tower)
     text = {"hidden_size": 32, "vocab_size": 60, "max_position_embeddings": 16, "eos_token_id": 59}
     text |= {"bos_token_id": 58, "pad_token_id": 59}
@@ -452,7 +468,7 @@ def test_the_command_line_and_its_mistakes(tmp_path, monkeypatch, capsys):
         (tmp_path / "strange", "open_clip cannot build it"),
         (tmp_path / "bert", "no vision_config"),
         (tmp_path / "alone.safetensors", "alone.json is missing"),
-        ("ViT-L-99:openai", "no NAME:TAG of open_clip"),
+        ("ViT-L-99:openai", ".safetensors or NAME:TAG"),
         ("ViT-B-32", "open_clip has no weights ''"),
         ("ViT-B-32:nothing", "only openai"),
         ("ViT-B-32:nowhere.pt", "nowhere.pt is missing"),
