@@ -22,6 +22,7 @@ Letters: K pictures, T texts, C classes, d width of the joint space.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +101,7 @@ from toy import benchmark as toy
 # CIFAR-100, SUN397, Cars and ImageNet are four of the nine sets of Tab. 3.
 DATASETS = ("cifar100", "sun397", "cars", "imagenet")
 AT = (1, 5, 10)  # k of recall@k
+BLOCK = 1024  # texts that are compared with all pictures at once
 
 
 # ------------------------------------------------------------------------------------------------
@@ -212,13 +214,26 @@ def retrieval_hits(images: Tensor, texts: Tensor, owner: np.ndarray) -> dict[str
         A tie counts against: whoever scores as high as the right one stands before it. (So does a
         caption that two pictures share word for word.)
     """
-    similarity = (texts.double() @ images.double().T).numpy()  # (T, K)
-    own = similarity[np.arange(len(owner)), owner]  # (T,)
-    before = (similarity >= own[:, None]).sum(1) - 1  # other pictures at least as near
+    pictures = np.arange(len(images))
+    before = np.zeros(len(texts), int)  # other pictures at least as near as the right one
+    rivals = np.zeros(len(images), int)  # captions of others at least as near as an own one
+    best = np.full(len(images), -np.inf)  # a picture's nearest own caption
+
+    def blocks() -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Some texts, their similarities (t, K), and whose is whose (t, K): all of Flickr30k's at
+        once would be 40 GB."""
+        for start in range(0, len(texts), BLOCK):
+            some = slice(start, start + BLOCK)
+            similarity = (texts[some].double() @ images.double().T).numpy()
+            yield some, similarity, owner[some, None] == pictures
+
+    for some, similarity, mine in blocks():
+        own = similarity[mine]  # (t,): each text has one picture
+        before[some] = (similarity >= own[:, None]).sum(1) - 1
+        best = np.maximum(best, np.where(mine, similarity, -np.inf).max(0))
+    for _, similarity, mine in blocks():
+        rivals += ((similarity >= best) & ~mine).sum(0)
     hits = {f"image@{k}": before < k for k in AT}
-    mine = owner[:, None] == np.arange(len(images))  # (T, K)
-    best = np.where(mine, similarity, -np.inf).max(0)  # (K,): its nearest own caption
-    rivals = ((similarity >= best) & ~mine).sum(0)  # captions of others at least as near
     return hits | {f"text@{k}": rivals < k for k in AT}
 
 

@@ -55,8 +55,10 @@ def main() -> None:
     flags.add_argument("--scenes", type=int, default=1024)
     args = flags.parse_args()
     run = ROOT / args.run
-    _, model = load_run(run, stage=1)
     settings = settings_of_run(run)
+    if len(settings.denoisers) > 1 or settings.local_ratio:
+        raise ValueError(f"--run {args.run}: it has both denoisers, or is told more than [CLS]")
+    _, model = load_run(run, stage=1)
     step = read_state(checkpoints_in(run / "stage1")[-1])["step"]
     world = ToyScenes(args.scenes, seed=2_718_281)
     images = torch.stack([world[(i, 0)]["image"] for i in range(args.scenes)])

@@ -11,6 +11,7 @@ the run cost. Arms that ask for it are looked at along stage 2 too, or at what s
 import json
 import os
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,10 @@ def row(measured: dict) -> dict:
 def kept_questions(runs: Path) -> Questions:
     """`questions`, drawn once and kept beside the runs: that takes as long as looking at four
     models."""
-    file = runs / "questions.pt"
+    sources = b"".join(
+        (ROOT / "toy" / f"{name}.py").read_bytes() for name in ("world", "benchmark")
+    )
+    file = runs / f"questions-{sha256(sources).hexdigest()[:8]}.pt"
     if not file.is_file():
         runs.mkdir(parents=True, exist_ok=True)
         asked = questions()

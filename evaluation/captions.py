@@ -117,7 +117,9 @@ def _captions_csv(file: Path, shape: ValueError) -> dict[str, list[str]]:
             head = number == 0 and not (len(row) > 1 and row[1].strip().isdigit())
             if not row or head:  # an empty line, or the names of the columns
                 continue
-            if len(row) < 3:
-                raise shape
+            if len(row) == 2:  # the published file lacks one bar: "2199200615.jpg| 4   A dog runs"
+                row[1:] = row[1].split(maxsplit=1)
+            if len(row) < 3 or not row[1].strip().isdigit():
+                raise ValueError(f"{shape}; line {number + 1} is none of it")
             found.setdefault(row[0].strip(), []).append("|".join(row[2:]).strip())
     return found

@@ -58,10 +58,12 @@ class Encoder:
     device: torch.device | str = "cpu"
     cache: Path | None = None
     progress: bool = True
-    _weights: str = field(default="", init=False)
+    _weights: tuple[list[int], str] = field(default=([], ""), init=False)
 
     def __post_init__(self):
         self.device = torch.device(self.device)
+        if self.device.type == "cuda":  # where convolutions, unless told, round to TF32's 10 bits
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.clip = self.clip.to(self.device).float().eval()
         self.transform = image_transform(
             self.info.image_size,
@@ -149,9 +151,12 @@ class Encoder:
 
     def _digest(self, kind: str, inputs: list) -> str:
         """What the features depend on, as 24 letters."""
-        self._weights = self._weights or fingerprint(self.clip)
+        # Whatever changes a tensor in place counts it.
+        versions = [tensor._version for tensor in self.clip.state_dict().values()]
+        if versions != self._weights[0] or not self._weights[1]:
+            self._weights = versions, fingerprint(self.clip)
         about = repr((self.info.open_clip_config(), torch.__version__, self.device.type))
-        digest = hashlib.sha256(f"{kind} {self._weights} {about}".encode())
+        digest = hashlib.sha256(f"{kind} {self._weights[1]} {about}".encode())
         for item in inputs:
             if kind == "text":
                 digest.update(item.encode() + b"\0")

@@ -49,13 +49,10 @@ def reconstruct(
     """
     model.check_images(images, values=True)
     draws = model.draw_from([seed, *range(seed, seed + len(images))], images.device)
-    features, patches = model.encode(images)
     given = "[CLS]" if condition is None else "a [CLS] of your choice"
     given += f" and {model.local_ratio:g} % of the patch tokens" * bool(model.local_ratio)
     given += " alone" * (not model.local_ratio)
     paradigm = model.paradigms[name] if name else model.paradigm
-    chosen = model.choose_local(patches, draws.get("local_order"))
-    told = paradigm.condition(features if condition is None else condition, chosen)
     discrete = paradigm.name == "perceiver"
     draw = _discrete if discrete else _continuous
     known = {"steps", "ratio" if discrete else "noise"}
@@ -66,6 +63,9 @@ def reconstruct(
     half = any(p.dtype == torch.bfloat16 for p in parts)
     half = half or torch.is_autocast_enabled(images.device.type)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        features, patches = model.encode(images)
+        chosen = model.choose_local(patches, draws.get("local_order"))
+        told = paradigm.condition(features if condition is None else condition, chosen)
         rows = draw(paradigm, images, draws, (told, given), {"seed": seed, **how})
     return {"original": Row(images, "original"), **rows}
 

@@ -151,6 +151,17 @@ def test_errors_become_one_line(capsys, monkeypatch, error, code, message):
     assert stop.value.code == code and message in text and len(text.strip().splitlines()) == 1
 
 
+def test_an_evaluation_without_memory_names_no_flag_of_training(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval_zeroshot.py"])
+
+    def main():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4e10")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert "not enough memory: give it fewer pictures" in capsys.readouterr().err
+
+
 def test_our_own_bugs_keep_their_traceback(monkeypatch):
     def bug():
         raise KeyError("a bug")

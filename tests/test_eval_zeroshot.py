@@ -88,7 +88,9 @@ def by_hand(images, texts, owner, k):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_recall_against_a_loop(seed):
+@pytest.mark.parametrize("block", [7, 1024])
+def test_recall_against_a_loop(seed, block, monkeypatch):
+    monkeypatch.setattr(ez, "BLOCK", block)
     torch.manual_seed(seed)
     images = F.normalize(torch.randn(20, 6), dim=-1).double()
     owner = np.repeat(np.arange(20), np.random.default_rng(seed).integers(1, 6, 20))
@@ -221,6 +223,17 @@ def test_a_second_call_is_answered_from_the_cache(classes, tmp_path):
     assert result_in(tmp_path)["rows"] == first
 
 
+def test_changed_weights_are_encoded_anew(tmp_path):
+    """An encoder that is kept while its model trains on."""
+    encoder = Encoder("x", *load_clip(str(TOY)), CPU, tmp_path)
+    pictures = [pixels for _, pixels in benchmark.held_out_scenes()[:3]]
+    before = encoder.images(pictures)
+    assert torch.equal(encoder.images(pictures), before) and len(list(tmp_path.iterdir())) == 1
+    with torch.no_grad():
+        encoder.clip.visual.proj.mul_(torch.linspace(0, 1, encoder.clip.visual.proj.shape[1]))
+    assert not torch.allclose(encoder.images(pictures), before, atol=1e-2)
+
+
 def test_class_directions_are_means_over_prompts():
     encoder = Encoder("x", *load_clip(str(TOY)), CPU)
     templates = ["a photo of {}", "{}"]
@@ -261,6 +274,22 @@ def test_four_formats_of_captions_are_one(tmp_path):
         assert [p.name for p in found.pictures] == ["a.jpg", "b.jpg"], name
         assert found.texts == ["one, two", "three", "four | five"]
         assert found.owner.tolist() == [0, 0, 1]
+
+
+def test_a_csv_that_lacks_a_bar(tmp_path):
+    """As one line of the published results.csv does; a line without number and comment is named."""
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    table, lines = (
+        tmp_path / "results.csv",
+        "image_name| comment_number| comment\na.jpg| 0| a dog\n",
+    )
+    table.write_text(lines + "b.jpg| 4   A dog runs across the grass .\n")
+    assert ez.read_captions(str(table), "").texts == ["a dog", "A dog runs across the grass ."]
+    for wrong in ("b.jpg| a dog runs", "b.jpg| 4", "b.jpg", "b.jpg| four| a dog"):
+        table.write_text(f"{lines}{wrong}\n")
+        with pytest.raises(ValueError, match=r"image\|number\|comment; line 3 is none of it"):
+            ez.read_captions(str(table), "")
 
 
 def test_captions_without_a_head_with_empty_lines_and_of_one_file_twice(tmp_path):

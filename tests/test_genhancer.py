@@ -118,6 +118,11 @@ def test_local_ratio_counts_tokens(make_genhancer, ratio, tokens):
     assert context.shape == (4, tokens, 20) and vector.shape == (4, 12)
 
 
+def test_a_local_ratio_of_no_token_is_refused(make_genhancer):
+    with pytest.raises(ValueError, match="local token ratio 3: of 16 patch tokens that is none"):
+        make_genhancer(local_ratio=3)
+
+
 @BOTH
 def test_local_tokens_are_drawn_per_image_and_matter(make_genhancer, denoiser):
     model = make_genhancer(denoiser, local_ratio=50)

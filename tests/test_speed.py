@@ -12,6 +12,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from safetensors.torch import save_file
 
+from evaluation.reconstruction import reconstruct
 from flow_denoiser import FlowDenoiser, FlowDenoiserConfig
 from settings import Settings
 from toy.world import ToyScenes
@@ -76,6 +77,16 @@ def test_a_step_and_a_grid_in_bf16(denoiser, number, more, flux, tmp_path, monke
     assert len(pieces) == 2 and train_step(stage, pieces)["loss"] > 0 and not without
     runlog.draw_samples(stage.model, scenes, tmp_path / "x.png", HALF)
     assert (tmp_path / "x.png").is_file(), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("denoiser", ["flow", "perceiver"])
+def test_drawings_of_a_model_in_bf16_outside_a_run(denoiser):
+    settings = Settings.of("toy", denoiser=denoiser, frozen_dtype="bf16", precision="bf16")
+    model = build_model(settings, HALF)[1]
+    model.start_stage1()
+    speed.lower_frozen(model.eval(), settings, HALF)
+    drawn = reconstruct(model, ToyScenes(2, seed=1).batch(2), steps=2)["drawn"].pictures
+    assert drawn.shape == (2, 3, 64, 64)
 
 
 @pytest.mark.parametrize("error", [OSError("No space left"), ValueError("cannot be read")])

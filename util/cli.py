@@ -265,8 +265,10 @@ def run_command(
             _end(name, error)
         if "out of memory" not in text and "can't allocate memory" not in text:
             raise
-        line = "not enough memory: lower --micro_batch (the global batch stays the same)"
-        _end(name, MemoryError(line + after))
+        advice = "lower --micro_batch (the global batch stays the same)"
+        if name.startswith("eval_"):  # which have no batch to lower
+            advice = "give it fewer pictures, captions or models at once"
+        _end(name, MemoryError(f"not enough memory: {advice}{after}"))
     finally:
         _on_signals(*before)
     if imports_follow:
