@@ -107,7 +107,7 @@ def kind_of(model: nn.Module) -> str:
         if {*towers} <= dict(model.named_modules()).keys():
             if kind == "clip":  # no tensor tells how text and image are pooled, no error would
                 pools = model.visual.pool_type, model.text_pool_type
-                if pools != ("tok", "argmax") or model.attn_mask is None:
+                if pools != ("tok", "argmax") or model.attn_mask is None:  # it is causal there
                     raise ValueError("transformers' CLIP pools and masks its tokens in another way")
             return kind
     raise ValueError("neither a CLIP with a ViT nor a SigLIP: transformers has no layout for it")
@@ -261,11 +261,11 @@ def _clip_architecture(config: dict, folder: Path) -> dict:
     )
     for ours, theirs in ((images, vision), (words, text)):
         if (eps := theirs.get("layer_norm_eps", 1e-5)) != 1e-5:  # open_clip's
-            ours["norm_kwargs"] = {"eps": eps}
+            ours["norm_kwargs"] = {"eps": eps}  # goes to every LayerNorm of the tower
     # open_clip wants the width of a head for images, but the number of heads for text
     images["head_width"] = images["width"] // images.pop("heads")
     images |= {k: vision.get(k, v) for k, v in (("image_size", 224), ("patch_size", 32))}
-    words["context_length"] = text.get("max_position_embeddings", 77)
+    words["context_length"] = text.get("max_position_embeddings", 77)  # N, tokens of a text
     words["vocab_size"] = text.get("vocab_size", 49408)
     # E, and one switch of the activation for both towers
     common = {"embed_dim": config.get("projection_dim", 512), "quick_gelu": activation != "gelu"}
@@ -406,7 +406,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> nn.
     try:  # assign: meta cannot be copied to
         model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
     except RuntimeError as error:  # its first line names a class, the others what is wrong
-        what = " ".join(str(error).partition("\n")[2].split())
+        what = " ".join(str(error).partition("\n")[2].split())  # on one line
         raise ValueError(f"{source}: the weights do not fit the config: {what:.300} …") from None
     return model
 
