@@ -87,7 +87,7 @@ ARMS = {
     "flow-scale0.5": Arm(f"{FLOW} --time_scale 0.5"),
     "flow-scale5": Arm(f"{FLOW} --time_scale 5"),
     "flow-scale10": Arm(f"{FLOW} --time_scale 10"),
-    # Fig. 5
+    # Fig. 5 (of the toy tower's 16 patch tokens 10 % are 2)
     "flow-local10": Arm(f"{FLOW} --local_ratio 10"),
     "flow-local50": Arm(f"{FLOW} --local_ratio 50"),
     "flow-local100": Arm(f"{FLOW} --local_ratio 100"),
