@@ -237,7 +237,7 @@ print(f"λ = 0: subjects {accuracy['staged, λ = 0']:.1f} % staged,", end=" ")
 print(f"{accuracy['end to end, λ = 0']:.1f} % end to end")
 
 # %% [markdown]
-# So far the paper is right. Now the same with the drift term, however light:
+# So far this fits the paper. Now the same with the drift term, however light:
 
 # %%
 assert drift["end to end, λ"] < 0.5 * drift["end to end, λ = 0"], "the term holds the tower"
@@ -357,7 +357,8 @@ assert verdict_of(2) == ("undecided", "holds not"), "after Holm's correction for
 # %% [markdown]
 # **What to take home.** Without anything that holds the tower (λ = 0, the paper's setting), two
 # stages are what saves it: end to end the drift is many times larger and the subjects are lost.
-# That is the paper's claim, and its reason can be seen in the direction of the push.
+# That fits the paper's reason, which can be seen in the direction of the push. Its claim, that two
+# stages *gain* more, is below.
 #
 # **Where the toy world contradicts the paper** is what the last cell printed: with a light drift
 # term, how much of the two stages' gain is there after 400 steps end to end instead of 1400 + 400.

@@ -275,8 +275,8 @@ figure.tight_layout()
 by_pattern = {row["pattern"]: row["models"] for row in rows}
 average, spatial = by_pattern["Average"], by_pattern["Spatial"]
 for name in ("noise", "masks"):
-    assert average[name]["change"] > 3 and average[name]["p"] < 1e-4, "both teach: +8.0, +6.8"
-assert spatial["noise"]["change"] > spatial["masks"]["change"], "above or below: noise, +30, +15"
+    assert average[name]["change"] > 3 and average[name]["p"] < 1e-4, "both teach: +8.0, +9.0"
+assert spatial["noise"]["change"] > spatial["masks"]["change"], "above or below: noise, +29, +22"
 won = {name: right[name] & ~right["original"] for name in ("noise", "masks")}
 shared = int((won["noise"] & won["masks"]).sum())
 expected = won["noise"].sum() * won["masks"].sum() / (~right["original"]).sum()
@@ -350,8 +350,8 @@ figure.tight_layout()
 # %%
 half, whole = measured["both"][0], measured["both"][-1]
 alone = [measured[f"{name} alone"][0] for name in ends]
-assert half[0] > 4, "the plain average keeps the gain: +7.2"
-assert whole[0] > max(a[0] for a in alone) + 1, "the whole sum gains more than either: +12.0 …"
+assert half[0] > 4, "the plain average keeps the gain: +8.2"
+assert whole[0] > max(a[0] for a in alone) + 1, "the whole sum gains more than either: +11.7 …"
 assert whole[1] < min(a[1] for a in alone), "… and costs more than either"
 
 # %% [markdown]
@@ -376,7 +376,8 @@ def changes(result):  # of toy_seeds.py: pairs and subjects, points by seed
 
 
 study = read("drift_study")
-arms = {0.0: "perceiver_lambda0", 0.1: "perceiver"}
+# λ = 0 was trained with an earlier VQ-GAN, on two seeds
+arms = {0.0: "perceiver_lambda0", 0.15: "perceiver"}
 discrete = {weight: changes(read(name)) for weight, name in arms.items() if read(name)}
 for row in study["rows"] if study else ():
     found = [row[key]["change"] for key in ("unmentioned", "zero_shot")]
@@ -496,4 +497,4 @@ assert verdict_of(11) == ("holds", "holds"), "the drift term costs no gain"
 # would have it, and on every seed both gain. They are not the same lesson: what must be placed
 # exactly, above or below and letters, noise teaches more. The paper does not ask for both at once.
 # The untrained sum of the two gains more than either and costs more as well; one stage 2 with both
-# losses gains a little more than noise alone, at the same cost.
+# losses gains more than masks alone. Whether it gains more than noise alone is not decided.
