@@ -69,6 +69,8 @@ def command_line() -> Settings:
     settings = parse_settings(Settings, *__doc__.split("\n\n")[:2])
     if not settings.classify and not settings.captions:
         raise ValueError("nothing to do: give --classify SET, --captions FILE, or both")
+    if settings.layers and len(settings.model) == 1:
+        raise ValueError("--layers compares models: give --model twice")
     if settings.probe and not settings.classify:
         raise ValueError("--probe needs --classify: a probe is fitted to classes")
     return settings
@@ -417,7 +419,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache = cache_folder(settings.cache, settings.runs)
     encoders = load_encoders(list(models.values()), device, cache)
-    if settings.layers:
+    if settings.layers and len(encoders) > 1:
         check_layers(encoders)
     words = any(encoder.info.words for encoder in encoders)
     if words and settings.template.startswith("imagenet"):

@@ -105,10 +105,6 @@ def kind_of(model: nn.Module) -> str:
     Raises: ValueError for towers that transformers' CLIP and SigLIP cannot express."""
     for kind, (_, *towers) in KINDS.items():
         if {*towers} <= dict(model.named_modules()).keys():
-            if kind == "clip":  # no tensor tells how text and image are pooled, no error would
-                pools = model.visual.pool_type, model.text_pool_type
-                if pools != ("tok", "argmax") or model.attn_mask is None:  # it is causal there
-                    raise ValueError("transformers' CLIP pools and masks its tokens in another way")
             return kind
     raise ValueError("neither a CLIP with a ViT nor a SigLIP: transformers has no layout for it")
 
@@ -196,6 +192,11 @@ def transformers_config(model: nn.Module, about: dict, state: dict[str, Tensor])
     Args: model: as open_clip builds it; about: its open_clip config; state: the exported tensors.
     Returns: the file, `about` inside for the way back. Raises: ValueError as `activation_name`."""
     kind = kind_of(model)
+    # How a tower pools and masks no tensor tells, and no error would.
+    text, pool = getattr(model, "text", model), getattr(model.visual, "pool_type", "tok")
+    own = pool, text.text_pool_type if text is model else text.pool_type, text.attn_mask is None
+    if own != (("tok", "argmax", False) if kind == "clip" else ("tok", "last", True)):
+        raise ValueError(f"transformers' {kind} pools or masks its tokens in another way")
     # model_type picks the class that reads this file, architectures the one that loads weights.
     whole = {"model_type": kind, "torch_dtype": "float32", OURS: about}
     for tower, name in zip(TOWERS, KINDS[kind][1:], strict=True):
@@ -242,7 +243,7 @@ def open_clip_config(config: dict, folder: Path) -> dict:
         raise ValueError(f"{folder}: model_type {kind!r}; expected 'clip' or 'siglip'")
     model_cfg = (_clip_architecture if kind == "clip" else _siglip_architecture)(config, folder)
     file, preprocess = folder / "preprocessor_config.json", dict(PREPROCESS[kind])
-    own = _read(file) if file.is_file() else {}
+    own = _read(file) if file.is_file() else {}  # without it: as most of its kind
     preprocess |= {k: own[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in own}
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
 
@@ -388,8 +389,7 @@ def read_transformers(source: Path) -> tuple[dict, dict[str, Tensor], list[str]]
         raise ValueError(f"{source}: config.json has no vision_config: not a whole CLIP or SigLIP")
     about = open_clip_config(config, source)
     model = build_empty(about, source)
-    # All tensors: in one file (read last, it wins), in pieces, or in a pickle. Older versions of
-    # transformers also saved counters, 0, 1, 2, …
+    # In one file (it wins), in pieces or in a pickle. Older versions saved counters, too: 0, 1, …
     pieces = [*source.glob("model-*-of-*.safetensors"), *source.glob("model.safetensors")]
     found = {k: v for p in pieces or [source / "pytorch_model.bin"] for k, v in _read(p).items()}
     found = {k: v for k, v in found.items() if not k.endswith(".position_ids")}

@@ -11,8 +11,8 @@ names, so ``train.py --flux FILE`` reads it as it reads FLUX's own. There is one
 FLUX: what another pretraining would teach is not in the spread over seeds.
 
 Writes benchmarks/heavy_denoiser.json and heavy_denoiser.md: size, steps, loss on scenes never seen.
-With another number of steps than the default the file is denoiser-STEPS.safetensors, so that no
-trial run is taken for the one that ablations.py uses.
+With other numbers than the defaults it writes trial.safetensors and nothing else, so that no trial
+is taken for the one that ablations.py uses.
 """
 
 import math
@@ -36,7 +36,7 @@ from toy.world import PATTERNS, TOY_DIR, ToyScenes, mentioned_subjects, phrase, 
 from util.cli import run_command
 from util.files import save_tensors
 
-STEPS = 1600
+STEPS, BATCH, LR = 1600, 64, 1e-3
 # Heads of 128 as in FLUX.1: train.py reads the size off the tensors.
 CONFIG = FlowDenoiserConfig(
     latent_channels=32,
@@ -80,8 +80,8 @@ def loss_of(denoiser: FlowDenoiser, data: torch.Tensor, text: torch.Tensor, dice
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--steps", type=int, default=STEPS)
-    flags.add_argument("--batch", type=int, default=64)
-    flags.add_argument("--lr", type=float, default=1e-3)
+    flags.add_argument("--batch", type=int, default=BATCH)
+    flags.add_argument("--lr", type=float, default=LR)
     args = flags.parse_args()
     torch.manual_seed(0)
     start, dice = time.time(), torch.Generator().manual_seed(0)
@@ -106,8 +106,9 @@ def main() -> None:
         held_out = float(loss_of(denoiser, unseen, their_text, dice))
         dice = torch.Generator().manual_seed(1)
         other = float(loss_of(denoiser, unseen, their_text.roll(1, 0), dice))
-    name = "denoiser" if args.steps == STEPS else f"denoiser-{args.steps}"
-    save_tensors(denoiser.state_dict(), ROOT / "runs" / "heavy_denoiser" / f"{name}.safetensors")
+    trial = (args.steps, args.batch, args.lr) != (STEPS, BATCH, LR)
+    file = ROOT / "runs" / "heavy_denoiser" / f"{'trial' if trial else 'denoiser'}.safetensors"
+    save_tensors(denoiser.state_dict(), file)
     found = {
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "steps": args.steps,
@@ -123,6 +124,9 @@ def main() -> None:
         ["the same, told another scene's text", f"{other:.3f}"],
     ]
     lines = [headline(command, facts()) + ".", "", *table(["", "measured"], rows)]
+    if trial:
+        print("\n".join(lines))
+        return
     publish("heavy_denoiser", lines, {"command": command, **facts(), **found})
 
 

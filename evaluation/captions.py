@@ -114,7 +114,7 @@ def _captions_csv(file: Path, shape: ValueError) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     with reading(file, "--captions") as handle:
         for number, row in enumerate(csv.reader(handle, delimiter="|", quoting=csv.QUOTE_NONE)):
-            head = number == 0 and not (len(row) > 1 and row[1].strip().isdigit())
+            head = number == 0 and not (len(row) > 1 and row[1].lstrip()[:1].isdigit())
             if not row or head:  # an empty line, or the names of the columns
                 continue
             if len(row) == 2:  # the published file lacks one bar: "2199200615.jpg| 4   A dog runs"

@@ -13,7 +13,7 @@ Letters: K pictures or texts, d width of the joint space, D width of the tower.
 import hashlib
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,8 @@ class Encoder:
     """One CLIP with its tokenizer and preprocessing, in float32.
 
     Args:
-        device: where the model runs; features come back to the CPU.
+        device: where the model runs; features come back to the CPU. A GPU's TF32 is switched off,
+            for the whole process.
         cache: folder for features; None keeps none.
         progress: bars, on terminals. False: none, here and in all that is measured with it.
     """
@@ -58,7 +59,6 @@ class Encoder:
     device: torch.device | str = "cpu"
     cache: Path | None = None
     progress: bool = True
-    _weights: tuple[list[int], str] = field(default=([], ""), init=False)
 
     def __post_init__(self):
         self.device = torch.device(self.device)
@@ -103,13 +103,16 @@ class Encoder:
         visual = self.clip.visual
         part = getattr(visual, "trunk", None) or getattr(visual, "transformer", None)
         blocks = getattr(part, "blocks", None) or getattr(part, "resblocks", None)
-        if not blocks or hasattr(part, "stages"):  # a ResNet, a ConvNeXt: no blocks of tokens
-            raise ValueError(f"--layers: {self.name}'s image tower is no ViT: leave --layers out")
+        no_vit = f"--layers: {self.name}'s image tower is no ViT: leave --layers out"
+        if not blocks:  # a ResNet, a ConvNeXt
+            raise ValueError(no_vit)
         tokens = 1 if getattr(part, "batch_first", True) else 0  # their axis: `_tokens_first`
         found: list[list[Tensor]] = [[] for _ in blocks]
 
         def keep(layer: int):
             def hook(module, inputs, output):  # (K, N, D) or (N, K, D)
+                if getattr(output, "ndim", 0) != 3:
+                    raise ValueError(no_vit)
                 found[layer].append(output.mean(tokens).float().cpu())
 
             return hook
@@ -151,12 +154,10 @@ class Encoder:
 
     def _digest(self, kind: str, inputs: list) -> str:
         """What the features depend on, as 24 letters."""
-        # Whatever changes a tensor in place counts it.
-        versions = [tensor._version for tensor in self.clip.state_dict().values()]
-        if versions != self._weights[0] or not self._weights[1]:
-            self._weights = versions, fingerprint(self.clip)
-        about = repr((self.info.open_clip_config(), torch.__version__, self.device.type))
-        digest = hashlib.sha256(f"{kind} {self._weights[1]} {about}".encode())
+        # The weights are read each time (a second for ViT-L): they may have been trained since.
+        how = "cuda without TF32" if self.device.type == "cuda" else self.device.type
+        about = repr((self.info.open_clip_config(), torch.__version__, how))
+        digest = hashlib.sha256(f"{kind} {fingerprint(self.clip)} {about}".encode())
         for item in inputs:
             if kind == "text":
                 digest.update(item.encode() + b"\0")

@@ -222,7 +222,8 @@ def apply_doubts(items: list[Item], file: str | Path) -> list[Item]:
     unknown = sorted((out | swap) - called.keys())
     if unknown:
         names = f"{', '.join(unknown[:10]):.200}{' …' if len(unknown) > 10 else ''}"
-        raise ValueError(f"doubts: {file} names {names}, not in this benchmark")
+        where = "not in this benchmark, or in several of its pairs"
+        raise ValueError(f"doubts: {file} names {names}, {where}")
     out, swap = {called[n] for n in out}, {called[n] for n in swap}
     kept = [
         Item(i.category, i.images, i.captions[::-1], i.name) if i.name in swap else i

@@ -105,11 +105,11 @@ def test_transformers_loads_it_and_sees_the_same(tmp_path, model_cfg, preprocess
 
 def test_what_pools_in_another_way_is_refused(tmp_path):
     """All names and shapes would fit, and every feature would be another."""
-    mean, eos = {"pool_type": "avg"}, {"pool_type": "eos", "eos_id": 2}  # MetaCLIP 2, worldwide
-    changes = ("text_cfg", eos), ("text_cfg", {"no_causal_mask": True}), ("vision_cfg", mean)
-    for i, (part, more) in enumerate(changes):
-        write_folder(tmp_path / f"{i}", {**TINY_CLIP, part: TINY_CLIP[part] | more}, PREPROCESS)
-        with pytest.raises(ValueError, match="pools and masks its tokens in another way"):
+    changes = [(TINY_CLIP, "text_cfg", {"pool_type": "eos"})]  # MetaCLIP 2's worldwide models
+    changes += [(c, "text_cfg", {"no_causal_mask": c is TINY_CLIP}) for c in (TINY_CLIP, SIGLIP)]
+    for i, (usual, part, more) in enumerate(changes):
+        write_folder(tmp_path / f"{i}", {**usual, part: usual[part] | more}, PREPROCESS)
+        with pytest.raises(ValueError, match="pools or masks its tokens in another way"):
             export_hf.export(tmp_path / f"{i}", tmp_path / "hf")
 
 
