@@ -74,6 +74,8 @@ CLAIMS = (
         ahead=BOTH * 3,
         behind=("flow-local10", "perceiver-local10", "flow-local50", "perceiver-local50",
                 "flow-local100", "perceiver-local100"),
+        finding="With all patch tokens beside [CLS] 1.2 and 0.4 points of 8.0 and 5.8 are left; "
+        "10 and 50 % are not run yet.",
     ),
     Claim(
         "Two stages teach more than end to end",
