@@ -134,7 +134,7 @@ def rules_for(model: nn.Module) -> list[tuple[str, list[str], list[str]]]:
 def convert(state: dict[str, Tensor], rules: list, export: bool) -> dict[str, Tensor]:
     """All tensors to the other side. Each must be used: one that no rule asks for would be dropped
     in silence, and the copy would be another model. `rules`: those of `rules_for`.
-    Returns: tensors, contiguous for safetensors. Raises: ValueError naming one missing or over."""
+    Returns: contiguous tensors. Raises: ValueError naming one that is missing or left over."""
     state, result = dict(state), {}
     for change, ours, theirs in rules:
         here, there = (ours, theirs) if export else (theirs, ours)

@@ -208,7 +208,7 @@ def apply_doubts(items: list[Item], file: str | Path) -> list[Item]:
     Swapping exchanges the two captions.
 
     Raises: FileNotFoundError; ValueError for a file of another shape, a name that is not in the
-        benchmark, or if nothing is left.
+        benchmark, an id of several pairs, or if nothing is left.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"doubts: no file {file}")

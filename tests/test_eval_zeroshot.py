@@ -282,10 +282,8 @@ def test_a_csv_that_lacks_a_bar(tmp_path):
     """As one line of the published results.csv does; a line without number and comment is named."""
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    table, lines = (
-        tmp_path / "results.csv",
-        "image_name| comment_number| comment\na.jpg| 0| a dog\n",
-    )
+    table = tmp_path / "results.csv"
+    lines = "image_name| comment_number| comment\na.jpg| 0| a dog\n"
     table.write_text(lines + "b.jpg| 4   A dog runs across the grass .\n")
     assert ez.read_captions(str(table), "").texts == ["a dog", "A dog runs across the grass ."]
     for wrong in ("b.jpg| a dog runs", "b.jpg| 4", "b.jpg", "b.jpg| four| a dog"):
