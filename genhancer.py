@@ -91,8 +91,10 @@ class GenHancer(nn.Module):
             token, patches = encode_visual(self.visual, probe, local=True)
         d, (self.patch_tokens, p) = token.shape[-1], patches.shape[1:]
         if local_ratio and not round(local_ratio / 100 * self.patch_tokens):
-            least = f"of {self.patch_tokens} patch tokens that is none"
-            raise ValueError(f"local token ratio {local_ratio}: {least}")
+            one = f"that is none; one is {100 / self.patch_tokens:.3g}"
+            raise ValueError(
+                f"local token ratio {local_ratio}: of {self.patch_tokens} patch tokens {one}"
+            )
         for paradigm in several:
             paradigm.connect(d, p if local_ratio else None)
         self.register_buffer("mean", torch.tensor(info.mean).view(3, 1, 1), persistent=False)
