@@ -360,7 +360,8 @@ assert whole[1] < min(a[1] for a in alone), "… and costs more than either"
 # Blending is done after training; λ, the weight of the drift term $1 - \cos(v, v_0)$ in stage 2's
 # loss ($v$, $v_0$: the tower's feature and the original's), acts in it. The paper has none (λ = 0).
 # From `benchmarks/drift_study.json`, continuous; the discrete denoiser's values of λ as far as they
-# were run. Bars: 95 % intervals over pairs, and over scenes.
+# were run (λ = 0 with an earlier VQ-GAN, on two seeds). Bars: 95 % intervals over pairs, and over
+# scenes.
 
 
 # %%
@@ -376,7 +377,6 @@ def changes(result):  # of toy_seeds.py: pairs and subjects, points by seed
 
 
 study = read("drift_study")
-# λ = 0 was trained with an earlier VQ-GAN, on two seeds
 arms = {0.0: "perceiver_lambda0", 0.15: "perceiver"}
 discrete = {weight: changes(read(name)) for weight, name in arms.items() if read(name)}
 for row in study["rows"] if study else ():
