@@ -26,10 +26,10 @@ demo-perceiver:
 	@OMP_NUM_THREADS=1 TQDM_POSITION=1 $(PY) train.py --name demo-perceiver --denoiser perceiver --stage1_steps 1500 --stage2_steps 450
 
 # In the order of names: xdist would leave the files of few and long tests for the end, and one of
-# both workers idle.
+# both workers idle. The slowest thirty are named at the end: whoever makes the suite long sees it.
 test: $(VENV)/.test
 	$(PY) -m ruff check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 # Half an hour on two cores.
 storm: $(VENV)/.test
