@@ -117,17 +117,15 @@ def find_images(source: str | Path) -> Paths:
 
 
 def _below(folder: str, prefix: str = "") -> Iterator[str]:
-    """The images under a folder, relative to it, in the order of their paths' parts.
-
-    Folders behind a link are not entered (a link may lead in circles), nor what may not be read.
-    """
+    """The images under a folder, relative to it, in the order of their paths' parts. Folders behind
+    a link are not entered (it may lead in circles), nor what may not be read."""
     names = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     names.append(entry.name + "\0")  # "\0" sorts first: "a/x" before "a.jpg"
-                elif _is_image(entry.name) and entry.is_file():
+                elif _is_image(entry):
                     names.append(entry.name)
     except PermissionError:
         return
@@ -140,9 +138,10 @@ def _below(folder: str, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _is_image(name: str) -> bool:
-    dot = name.rfind(".")
-    return dot > 0 and name[dot:].lower() in SUFFIXES  # ".jpg" alone is a hidden file
+def _is_image(entry: os.DirEntry) -> bool:
+    # Hidden files are none: macOS packs a "._a.jpg" beside every a.jpg, which holds no picture.
+    named = entry.name[0] != "." and os.path.splitext(entry.name)[1].lower() in SUFFIXES
+    return named and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry))
 
 
 class Source(Protocol):

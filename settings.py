@@ -222,7 +222,7 @@ class Settings:
     """steps per line of metrics.jsonl"""
     sample_every: int = setting(5_000, at_least=1, at_most=1_000_000_000, free=True)
     """steps between sample grids"""
-    # A checkpoint of the full stage 1 is 16 GB, one of stage 2 a thousandth of that.
+    # A checkpoint of the full stage 1 is 16 GB, one of stage 2 less than a hundredth.
     save_every: int = setting(10_000, at_least=1, at_most=1_000_000_000, free=True)
     """steps between checkpoints"""
     save_minutes: float = setting(20.0, above=0, at_most=1_000_000, free=True)

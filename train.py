@@ -206,31 +206,33 @@ def run_stage(
     # A kill between a checkpoint and its grid would have lost the grid.
     if first and due(first, settings.sample_every):
         grid(again=True)
-    # Alg. 1, lines 2 and 11; Alg. 2, lines 2 and 10
-    for pieces in islice(stage.global_batches(dataset), max(0, steps - first)):
-        logging = due(stage.done + 1, settings.log_every)
-        metrics = train_step(stage, pieces, measure_drift=logging)
-        stage.window.add(metrics)
-        stage.unsaid.update(*(names for batch in pieces for names in batch["unreadable"]))
+    try:
+        # Alg. 1, lines 2 and 11; Alg. 2, lines 2 and 10
+        for pieces in islice(stage.global_batches(dataset), max(0, steps - first)):
+            logging = due(stage.done + 1, settings.log_every)
+            metrics = train_step(stage, pieces, measure_drift=logging)
+            stage.window.add(metrics)
+            stage.unsaid.update(*(names for batch in pieces for names in batch["unreadable"]))
 
-        speed = (stage.done - first) * settings.batch / (time.time() - started)
-        loss = f"{metrics['loss']:.4f}"
-        bar.set_postfix(loss=loss, images_per_s=f"{speed:.0f}", refresh=False)
-        bar.update()
-        saving = due(stage.done, settings.save_every)
-        if logging:
-            saving = saving or overdue(stage)
-        if logging or saving:
-            agree_on_unreadable(stage, len(dataset), bar)
-        if logging:
-            write_line(stage, metrics["lr"], speed)
-        # The line is written before the checkpoint: a kill between the two leaves a line too many,
-        # which the next start removes (`trim_metrics`), never one too few.
-        if saving:
-            save(stage)
-        if due(stage.done, settings.sample_every):
-            grid()
-    finish_writing(stage)
+            speed = (stage.done - first) * settings.batch / (time.time() - started)
+            loss = f"{metrics['loss']:.4f}"
+            bar.set_postfix(loss=loss, images_per_s=f"{speed:.0f}", refresh=False)
+            bar.update()
+            saving = due(stage.done, settings.save_every)
+            if logging:
+                saving = saving or overdue(stage)
+            if logging or saving:
+                agree_on_unreadable(stage, len(dataset), bar)
+            if logging:
+                write_line(stage, metrics["lr"], speed)
+            # The line is written before the checkpoint: a kill between the two leaves a line too
+            # many, which the next start removes (`trim_metrics`), never one too few.
+            if saving:
+                save(stage)
+            if due(stage.done, settings.sample_every):
+                grid()
+    finally:  # Ctrl-C, too: the lock is held until the last checkpoint is whole
+        finish_writing(stage)
     bar.close()
 
 
@@ -312,7 +314,7 @@ def main(settings: Settings) -> None:
         return
     process = start_process(settings.precision)
     with ending_well(process, saved(settings)):
-        if process.ranks > 1 and (line := agreed(finished(settings), process)):
+        if line := agreed(finished(settings), process):
             if process.is_main:
                 print(printable(line))
             return

@@ -178,6 +178,7 @@ def main() -> None:
     models = [TOY_DIR / "clip.safetensors", *(run / "enhanced" for run in runs)]
     original, *enhanced = load_encoders([str(model) for model in models], CPU)
     command = f"python benchmarks/toy_seeds.py --name {args.name} --seeds {args.seeds}"
+    command += f" --first_seed {seeds[0]}" if seeds[0] != 1 else ""
     command += f' --flags="{args.flags}"' if args.flags else ""
     about = {"command": command, **facts(), "seeds": seeds}
     first = headline(command, about, f"seeds {seeds[0]} to {seeds[-1]}")

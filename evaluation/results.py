@@ -18,10 +18,9 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from uuid import uuid4
 
 from util.cli import printable
-from util.files import write_atomically
+from util.files import created, write_atomically
 
 
 def folders_of(models: dict[str, str], out: str, runs: str) -> dict[str, Path]:
@@ -103,25 +102,6 @@ def place(folder: Path, name: str, evaluation: dict, taken: Iterable[Path] = ())
                 return stem
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # somebody else's file
-
-
-def created(file: Path, content: str) -> bool:
-    """Make a new file, whole; False where there is one. Of two that try at once one succeeds, and
-    nobody ever reads half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.link(temporary, file)
-    except FileExistsError:
-        return False
-    except OSError:  # a disk without links: there it is only unlikely that two meet
-        if file.exists():
-            return False
-        write_atomically(file, content)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
 
 
 def with_ending(stem: Path, ending: str) -> Path:

@@ -106,6 +106,12 @@ def test_a_checkpoint_is_of_the_step_that_its_folder_says(tmp_path):
         read_state(tmp_path / "step_00000009")
 
 
+def test_the_newest_is_that_of_most_steps(tmp_path):
+    """Not the last by name: from 100 000 000 on, names are longer."""
+    for step in (99_999_999, 100_000_000):
+        assert save(tmp_path, step).name == f"step_{step}"
+
+
 def test_a_half_written_folder_is_no_checkpoint(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step_00000002").mkdir()
@@ -212,6 +218,9 @@ def test_fingerprint_tells_models_apart():
     assert fingerprint(a) == fingerprint(a) != fingerprint(b)
     b.load_state_dict(a.state_dict())
     assert fingerprint(a) == fingerprint(b)
+    b.bfloat16()  # as a device that computes in it reads them
+    assert fingerprint(a) != fingerprint(b)
+    assert fingerprint(a, torch.bfloat16) == fingerprint(b, torch.bfloat16) == fingerprint(b)
 
 
 def test_differences():

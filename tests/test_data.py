@@ -44,7 +44,7 @@ def test_folder_and_list(tmp_path):
 
 def test_the_order_of_a_folder_is_that_of_pathlib(tmp_path):
     """Part by part, so "a/z" comes before "a-b/c" and "a.jpg"; links to files count, folders behind
-    links do not; names need not be UTF-8."""
+    links do not; hidden files do not; names need not be UTF-8."""
     names = ["a/z.jpg", "a/b/c.PNG", "a-b/c.jpg", "a.jpg", "a/b.jpg", ".hidden/x.webp", "Z.jpeg"]
     names += [".jpg", "no.txt", "é.jpg", "文/x.bmp", os.fsdecode(b"caf\xe9.jpg"), "two.dots.jpg"]
     names += [f"many/{i}.jpg" for i in range(30)]
@@ -56,6 +56,8 @@ def test_the_order_of_a_folder_is_that_of_pathlib(tmp_path):
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
     (tmp_path / "circle").symlink_to(tmp_path)
     today = [p for p in tmp_path.rglob("*") if p.suffix.lower() in data.SUFFIXES and p.is_file()]
+    (tmp_path / "itself.jpg").symlink_to(tmp_path / "itself.jpg")
+    (tmp_path / "._a.jpg").touch()
     found = data.find_images(tmp_path)
     assert list(found) == [str(file) for file in sorted(today)] and len(found) == 42
     assert data.FileList(found).read(5) == b"" and list(pickle.loads(pickle.dumps(found)))

@@ -22,6 +22,7 @@ from pretrained.autoencoders import load_vae
 from settings import Settings
 from toy.world import TOY_DIR, ToyScenes
 from training import feature_cache
+from training.preflight import UNREAD, differences
 from training.process import Process
 from util.sealed import seal
 
@@ -212,10 +213,50 @@ def test_another_model_or_other_pictures_are_refused(tmp_path, make_genhancer, s
     refused("perceiver.tokenizer", model=make_genhancer("perceiver"))
     refused("pictures .images: 20 → 19", pictures_in(photos(tmp_path / "fewer", 19)))
     (tmp_path / "fewer" / "other.png").write_bytes((tmp_path / "photos" / "00.png").read_bytes())
-    refused("pictures .names", pictures_in(tmp_path / "fewer"))
+    refused("pictures .names: .*, samples.19: ", pictures_in(tmp_path / "fewer"))
     assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     shutil.copytree(tmp_path / "photos", tmp_path / "moved")
     made(folder, pictures_in(tmp_path / "moved"), make_genhancer())  # the same under another name
+
+
+def test_a_picture_that_is_away_for_a_moment_makes_no_other_data_set(tmp_path):
+    """As on a network disk. What was read both times must be the same."""
+    data = photos(tmp_path / "photos", 4)
+    pictures = pictures_in(data)
+    whole = feature_cache.which(pictures)
+    assert whole.keys() == {"images", "names", "samples"} and len(whole["samples"]) == 4
+    (data / "02.png").rename(tmp_path / "away.png")
+    less = feature_cache.which(pictures)
+    assert whole != less and less["samples"]["2"] == UNREAD
+    assert differences(whole, less) == differences(less, whole) == []
+    (data / "01.png").write_bytes((tmp_path / "away.png").read_bytes())
+    (found,) = differences(whole, feature_cache.which(pictures))
+    assert found.startswith("samples.1: ")
+
+
+def test_two_starts_on_one_new_folder_agree(tmp_path):
+    """Whoever writes about.json first decides whose the folder is; the other looks at that."""
+
+    real = feature_cache.created
+
+    def overtaken(folder, mine, theirs):
+        """The tokens of a start and of another, which goes by between its look and its write."""
+        tokens = []
+
+        def late(path, content):
+            patch.undo()
+            tokens.append(feature_cache.claimed(folder, theirs))
+            return real(path, content)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(feature_cache, "created", late)
+            return [feature_cache.claimed(folder, mine), *tokens]
+
+    mine, other = {"pictures": {"seed": 1}}, {"pictures": {"seed": 2}}
+    one, two = overtaken(tmp_path / "a", mine, mine)
+    assert one == two
+    with pytest.raises(ValueError, match=r"features of other pictures \(seed: 2 → 1\)"):
+        overtaken(tmp_path / "b", mine, other)
 
 
 def test_what_is_no_cache_is_refused(tmp_path, make_genhancer, small_files):

@@ -139,12 +139,15 @@ def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_pat
     dead = tmp_path / "sub" / "x.json.0123abcd.tmp"
     dead.parent.mkdir()
     dead.write_text("half")
-    other = tmp_path / "notes.tmp"
-    other.write_text("somebody's")
+    others = [tmp_path / name for name in ("notes.tmp", "thesis.version2.tmp", "a.20261128.tmp")]
+    for other in others:
+        other.write_text("somebody's")
     with files.replacing(tmp_path / "y.json") as file:
         file.write(b"{}")
-        files.sweep(tmp_path)
-        assert not dead.exists() and other.exists()
+        files.sweep(tmp_path, "features-*", "y.json")
+        assert dead.exists() and all(other.exists() for other in others)
+        files.sweep(tmp_path, "**/*")
+        assert not dead.exists() and others[0].exists() and others[1].exists()
     assert (tmp_path / "y.json").read_text() == "{}"
 
 

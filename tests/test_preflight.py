@@ -120,6 +120,15 @@ def test_a_finished_run_says_so_at_once(straight):
     assert contents(straight) == before
 
 
+def test_a_finished_run_says_so_to_one_process_of_torchrun(straight, tmp_path):
+    """Of torchrun's processes the main one decides, once they know each other; one alone, too."""
+    shutil.copytree(straight, tmp_path / "a")
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "a").rglob("*")}
+    done = train_here(tmp_path, "a")
+    assert done.returncode == 0 and "is finished" in done.stdout
+    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "a").rglob("*")}
+
+
 def test_what_is_not_finished(straight, tmp_path):
     """Without its last checkpoint, or without its enhanced model, a run goes on."""
     given = dict(zip((n[2:] for n in TINY[::2]), TINY[1::2], strict=True))

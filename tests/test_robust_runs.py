@@ -16,6 +16,8 @@ from conftest import ROOT
 from PIL import Image
 from tiny_runs import TINY, equal, metrics, tensors, train_here
 
+import train as training
+from training import checkpoints as ckpt
 from training.lock import sole_writer
 from training.process import Process, die_with_parent
 
@@ -120,9 +122,46 @@ def test_as_many_other_pictures_are_refused(tmp_path):
     assert train_here(tmp_path, "p", *flags, photos("one", 0)).returncode == 0
     shutil.rmtree(tmp_path / "p" / "stage1" / "step_00000004")
     done = train_here(tmp_path, "p", *flags, photos("two", 1))
-    assert done.returncode == 2 and "differs from this run in its settings (names: " in done.stderr
+    assert (
+        done.returncode == 2 and "differs from this run in its settings (samples.0: " in done.stderr
+    )
     moved = shutil.copytree(tmp_path / "one", tmp_path / "moved")
     assert train_here(tmp_path, "p", *flags, moved).returncode == 0, "the same, elsewhere"
+
+
+def test_files_that_were_moved_are_read_where_they_are(run, tmp_path):
+    """The enhanced model is made from what config.json names, so that names the new places."""
+    file, vae = run / "config.json", tmp_path / "moved" / "vae.safetensors"
+    before = json.loads(file.read_text())["stages"]["2"]
+    vae.parent.mkdir()
+    shutil.copy(ROOT / "toy" / "vae.safetensors", vae)
+    shutil.rmtree(run / "stage2" / "step_00000004")
+    assert train_here(run.parent, "a", "--vae", vae, "--keep", "9").returncode == 0
+    after = json.loads(file.read_text())["stages"]["2"]
+    assert after["settings"].pop("vae") == str(vae) != before["settings"].pop("vae")
+    assert after == before, "all else is as the stage was started"
+
+
+def test_an_interrupted_run_waits_for_its_checkpoint(tmp_path, monkeypatch):
+    """Ctrl-C while a checkpoint is being written: the lock is held until it is whole."""
+    write, seen = ckpt.save_checkpoint, []
+
+    def slow(*what):
+        time.sleep(1)
+        seen.append((tmp_path / "c" / ".lock").exists())
+        write(*what)
+
+    def interrupted(stage, *rest, **more):
+        if stage.done == 2:  # its checkpoint has just been begun
+            raise KeyboardInterrupt
+        return step(stage, *rest, **more)
+
+    step = training.train_step
+    monkeypatch.setattr(ckpt, "save_checkpoint", slow)
+    monkeypatch.setattr(training, "train_step", interrupted)
+    assert train_here(tmp_path, "c").returncode == 130
+    assert seen == [True] and not (tmp_path / "c" / ".lock").exists()
+    assert [p.name for p in ckpt.checkpoints_in(tmp_path / "c" / "stage1")] == ["step_00000002"]
 
 
 # -- two at once -----------------------------------------------------------------------------------

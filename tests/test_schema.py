@@ -25,6 +25,8 @@ ONE = {"captions": ["a"]}
         ({"items": [{"id": True, **ONE}]}, "id: expected whole number or text, found true or fal"),
         ({"items": [{"id": 1.5, **ONE}]}, "items[0].id: expected whole number or text, found num"),
         ({"items": [{"weight": float("nan"), **ONE}]}, "[0].weight: expected number, found nan"),
+        ({"items": [{"weight": 10**400, **ONE}]}, "expected number, found number of 401 digits"),
+        ({"items": [], "name": -(10**400)}, "name: expected text, found number of 401 digits"),
         ({"items": [{"captoins": []}]}, "items[0]: captions is missing"),
         ({"items": [], "nmae": "x"}, "nmae is unknown (did you mean name?)"),
         ({"items": [{"captions": ["\ud800"]}]}, "expected text, found text that is no Unicode"),
@@ -40,7 +42,7 @@ def test_the_place_of_the_fault_is_named(value, complaint):
 
 
 def test_what_is_right_passes():
-    check({"items": [{"id": 3, "weight": 1, **ONE}, {"id": "x", "captions": []}]}, ITEMS)
+    check({"items": [{"id": 10**400, "weight": 1, **ONE}, {"id": "x", "captions": []}]}, ITEMS)
     check({"a": 1, "b": {}}, {"a": int, ...: object})
     check([1, "x", None], [(int, str, object)])
 

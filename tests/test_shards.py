@@ -68,6 +68,9 @@ def test_folder_glob_brace_and_single_file(tmp_path):
     ):
         assert shards.is_shard_pattern(source)
         assert len(shards.find_shards(source)) == count
+    odd = tmp_path / "a{b}[c]"
+    odd.mkdir()
+    assert shards.find_shards(write_tar(odd / "0.tar", samples(0, 1)).parent) == [odd / "0.tar"]
     with pytest.raises(FileNotFoundError, match=r"no tar shard .*00003\.tar"):
         shards.find_shards(f"{tmp_path}/{{00000..00003}}.tar")
     assert not shards.is_shard_pattern(tmp_path / "nothing")
@@ -78,11 +81,13 @@ def test_any_order_any_kind_missing_keys(tmp_path):
     members = [("5.txt", b"first the caption"), ("5.JPG", picture(5)), ("9.json", b"{}")]
     members += [("2.webp", picture(2, "webp")), ("sub/2.png", picture(3, "png"))]
     members += [("7.jpeg", picture(7)), ("7.png", picture(8, "png")), ("8.gif", b"GIF")]
+    members += [("IMG.2020.jpg", picture(1)), ("._5.JPG", b"macOS"), ("IMG.2021.jpg", picture(2))]
     index = shards.ShardIndex(write_tar(tmp_path / "a.tar", members))
     found = [index.name(i).rpartition(".tar/")[2] for i in range(len(index))]
-    assert found == ["5.JPG", "2.webp", "sub/2.png", "7.jpeg"], "one picture a key, in file order"
-    want = [picture(5), members[3][1], members[4][1], picture(7)]
-    assert [index.read(i) for i in range(4)] == want
+    dotted = ["IMG.2020.jpg", "IMG.2021.jpg"]
+    assert found == ["5.JPG", "2.webp", "sub/2.png", "7.jpeg", *dotted], "one a key, in file order"
+    want = [picture(5), members[3][1], members[4][1], picture(7), picture(1), picture(2)]
+    assert [index.read(i) for i in range(6)] == want
     assert index.problems == []
 
 

@@ -74,7 +74,7 @@ class Settings:
     threads: int = setting(0, at_least=0, at_most=1024)
     """CPU threads; 0: all"""
     scenes: int = setting(24_000, at_least=513, at_most=10_000_000)
-    """different scenes; the last 512 are kept to measure on"""
+    """different scenes; on the last 512 VAE and VQ-GAN are measured, not trained"""
     clip_steps: int = setting(2000, at_least=1, at_most=10**9)
     """steps of CLIP"""
     clip_batch: int = setting(192, at_least=1, at_most=100_000)

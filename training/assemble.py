@@ -199,7 +199,9 @@ def fingerprints_of(model: GenHancer, stage: int, *names: str) -> dict[str, str]
             found[f"{name}.denoiser"] = paradigm.denoiser
         if stage == 2:  # what stage 1 handed over
             found |= {f"{name}.{key}": module for key, module in paradigm.projectors.items()}
-    return {name: fingerprint(part) for name, part in found.items()}
+    # FLUX.1's are bf16 where the device computes in it, else float32: one file, one fingerprint.
+    given = {f"{n}.denoiser" for n, p in model.paradigms.items() if not p.denoiser_learns}
+    return {n: fingerprint(p, torch.bfloat16 if n in given else None) for n, p in found.items()}
 
 
 def start_stage2(model: GenHancer, settings: Settings) -> None:

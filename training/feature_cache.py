@@ -1,7 +1,7 @@
 """What the frozen networks make of every picture, computed once and kept on the disk (--cache DIR).
 
 100 000 steps of 256 see each picture of CC3M 8.5 times. Each time the same frozen tokenizer and, in
-stage 1, the same frozen image tower would say the same of it: at full size half of a step's work.
+stage 1, the same frozen image tower would say the same of it: at full size a third of the work.
 Here it is written down once, and from then on stage 1 reads 52 kB a picture instead of decoding,
 cropping and encoding one. What is given up are new crops: every epoch sees those of the first. (At
 `--crop_min 0.9` they differ by a few pixels.) The numbers are those that `--cache memory` would
@@ -53,12 +53,12 @@ from tqdm import tqdm
 from data import as_floats, batches
 from genhancer import GenHancer
 from settings import Settings
-from training.preflight import require_same
+from training.preflight import UNREAD, require_same
 from training.process import Process, agreed, union_over_ranks, wait_for_slowest
-from util.files import fingerprint, replacing, sweep, write_atomically
+from util.files import created, fingerprint, replacing, sweep, write_atomically
 from util.sealed import seal, unseal
 
-LAYOUT = 2  # of files and records; raise it when they change
+LAYOUT = 3  # of files and records; raise it when they change
 # Pictures per file: few enough to lose little in a kill and to deal out evenly, many enough that
 # CC3M's are some hundred files.
 SMALLEST, LARGEST, FILES = 256, 8192, 64
@@ -344,16 +344,16 @@ def whose(cache: FeatureCache, model: GenHancer, settings: Settings) -> dict:
     crops = {name: getattr(settings, name) for name in ("crop_min", "crop_white", "seed")}
     types = {name: str(cache.record[name]) for name in cache.record.names}
     return {
+        "layout": {"version": LAYOUT, "per_file": cache.per_file, "at_once": cache.at_once},
         **{k: {"weights": fingerprint(part), **about} for k, (part, about) in parts.items()},
         "pictures": {**which(cache), **crops},
         "records": types,
-        "layout": {"version": LAYOUT, "per_file": cache.per_file, "at_once": cache.at_once},
     }
 
 
 def which(pictures: Dataset) -> dict:
-    """Tells a data set from another: how many "images", and a hash of their "names" (or of where
-    they lie in tar shards) and of a few of them whole.
+    """Tells a data set from another: how many "images", a hash of their "names" (or of where they
+    lie in tar shards), and as "samples" one each of a few whole pictures.
 
     Of very many names some are taken, spread over the list; all of CC3M's would take seconds.
     """
@@ -368,11 +368,13 @@ def which(pictures: Dataset) -> dict:
         for index in range(0, len(source), 1 + len(source) // MANY_NAMES):
             name = Path(source.name(index)).name  # the folder may have moved
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    samples = {}
     for index in range(0, len(source), 1 + len(source) // WHOLE):
-        # What cannot be read may be readable tomorrow, on a network disk: it counts as absent.
-        with contextlib.suppress(OSError):
-            digest.update(sha256(source.read(index)).digest())
-    return {"images": len(pictures), "names": digest.hexdigest()[:16]}
+        try:
+            samples[str(index)] = sha256(source.read(index)).hexdigest()[:16]
+        except OSError:  # on a network disk it may be readable tomorrow
+            samples[str(index)] = UNREAD
+    return {"images": len(pictures), "names": digest.hexdigest()[:16], "samples": samples}
 
 
 def claim(folder: Path, mine: dict, process: Process) -> None:
@@ -404,9 +406,7 @@ def claimed(folder: Path, mine: dict) -> str:
     if not about.is_file():
         if any(folder.glob("features-*.npy")):
             raise ValueError(f"--cache {folder}: features without about.json: delete that folder")
-        theirs = {"token": uuid4().hex, **mine}
-        write_atomically(about, seal(theirs))
-        return theirs["token"]
+        created(about, seal({"token": uuid4().hex, **mine}))  # unless another start just did
     try:
         theirs = unseal(about.read_text(encoding="utf-8"))
         token = theirs["token"]
@@ -445,7 +445,7 @@ def fill(
     """
     missing = []
     if process.is_main:
-        sweep(cache.folder)
+        sweep(cache.folder, "features-*", "about.json")  # the folder may hold more than ours
         for name in cache.remove_damaged():
             print(f"note: --cache: {name} was damaged and is made again", file=sys.stderr)
         missing = cache.missing()

@@ -15,6 +15,9 @@ from pathlib import Path
 from settings import Settings, parts, relevant, run_directory, stage1_runs
 from util.sealed import hash_of, unseal
 
+PICTURES = ("images", "names", "samples")  # what `feature_cache.which` tells of a data set
+UNREAD = "(unreadable)"  # instead of the hash of a picture
+
 
 # ------------------------------------------------------------------------------------------------
 # What checkpoints say of themselves
@@ -22,7 +25,8 @@ from util.sealed import hash_of, unseal
 def checkpoints_in(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     named = (p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name))
-    return sorted(p for p in named if (p / "state.json").is_file())
+    whole = (p for p in named if (p / "state.json").is_file())
+    return sorted(whole, key=lambda p: int(p.name[len("step_") :]))
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -83,13 +87,14 @@ def require_same(old: dict, new: dict, message: str) -> None:
 
 
 def differences(old: dict, new: dict, path: str = "") -> list[str]:
-    """The keys at which two nested dicts differ, as "path: old → new"."""
+    """The keys at which two nested dicts differ, as "path: old → new". What could not be read is
+    like anything."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = (json.loads(json.dumps(side.get(key))) for side in (old, new))  # tuples are lists
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{path}{key}.")
-        elif a != b:
+        elif a != b and UNREAD not in (a, b):
             found.append(f"{path}{key}: {a} → {b}")
     return found
 
@@ -178,8 +183,7 @@ def check_files(settings: Settings) -> None:
 def check_run(settings: Settings, pictures: dict | None = None) -> None:
     """What the run folder holds already must be what these settings would have written.
 
-    Args: pictures: how many there are and a hash of which ("images", "names"), once they have
-        been listed.
+    Args: pictures: how many there are and which (`feature_cache.which`), once they are listed.
     """
     run = run_directory(settings)
     if not Path(settings.runs).is_dir() and Path(settings.runs).exists():
@@ -207,7 +211,7 @@ def check_checkpoint(settings: Settings, number: int, pictures: dict | None) -> 
     if found := newest_in(folder):
         old, mine = dict(read_state(found)["settings"]), relevant(settings, number)
         if pictures is None:
-            old = {name: value for name, value in old.items() if name not in ("images", "names")}
+            old = {name: value for name, value in old.items() if name not in PICTURES}
         else:
             mine |= pictures
         # The denoiser first: another one differs in a dozen settings that follow from it.

@@ -28,6 +28,8 @@ from training.sharding import collected
 from util.files import unwritten, write_atomically
 from util.pictures import sample_grid
 
+# Settings that say where something is, not what: a resumed run may find it elsewhere.
+PLACES = ("data", "clip", "vae", "vqgan", "flux", "stage1_from")
 # The loss is logged per tenth of t or of the mask ratio: one mean hides that its ends differ.
 BINS = 10
 
@@ -278,3 +280,19 @@ def write_config(settings: Settings, stage: int, process: Process, run: Path) ->
     stages = dict(sorted({**stages, str(stage): about}.items()))
     # A run whose folder was removed since stage 1 shall notice, and not begin another.
     write_atomically(file, json.dumps({"stages": stages}, indent=1), parents=stage == 1)
+
+
+def update_places(settings: Settings, stage: int, run: Path) -> None:
+    """A stage that goes on may read the same weights and pictures from another place; whoever loads
+    the run later must look for them there. All else stays as the stage was started."""
+    file = run / "config.json"
+    try:
+        config = json.loads(file.read_text())
+        recorded = config["stages"][str(stage)]["settings"]
+        now = {name: getattr(settings, name) for name in PLACES if name in recorded}
+        if now.items() <= recorded.items():
+            return
+        recorded |= now
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return  # damaged: `settings_of_run` will say so
+    write_atomically(file, json.dumps(config, indent=1))

@@ -64,7 +64,7 @@ def find_shards(source: str | Path) -> list[Path]:
     """
     text = str(source)
     if os.path.isdir(text):
-        text = os.path.join(glob.escape(text), "*.tar")
+        return sorted(Path(text).glob("*.tar"))  # its name may hold a brace
     found: list[Path] = []
     for pattern in expand_braces(text):
         matches = sorted(glob.glob(pattern))
@@ -131,8 +131,9 @@ def scan_shard(path: str | Path) -> tuple[list[int], list[int], str]:
     """Offsets and sizes of a shard's pictures, in the order of the file, and what was wrong ("" if
     nothing was).
 
-    A sample is what shares a key (the name up to its first dot); its first picture counts. Of a cut
-    shard, all pictures before the cut are kept.
+    A sample is what shares a key, the name up to its last dot; its first picture counts. (To
+    WebDataset, which ends keys at the first dot, IMG.2020.jpg is no picture.) Of a cut shard, all
+    pictures before the cut are kept.
     """
     offsets, sizes, keys, problem, large = [], [], set(), "", 0
     try:
@@ -147,9 +148,9 @@ def scan_shard(path: str | Path) -> tuple[list[int], list[int], str]:
                 if tar.offset <= place:  # a size below 0: tarfile would come here again and again
                     raise tarfile.ReadError("a member of negative size")
                 place, (folder, _, name) = tar.offset, member.name.rpartition("/")
-                key, _, suffix = name.partition(".")
-                if not member.isfile() or "." + suffix.lower() not in SUFFIXES:
-                    continue
+                key, suffix = os.path.splitext(name)
+                if not member.isfile() or suffix.lower() not in SUFFIXES or name[0] == ".":
+                    continue  # macOS packs a hidden "._a.jpg" beside every a.jpg
                 if member.offset_data + member.size > about.st_size:
                     problem = "is cut off in the middle of a picture"
                 elif member.size > LARGEST:

@@ -175,6 +175,8 @@ def begin_or_resume(
             (run / "enhanced" / "README.md").unlink(missing_ok=True)
         if stage.done == 0:
             runlog.write_config(settings, number, process, run)
+        else:
+            runlog.update_places(settings, number, run)
         written = {number: stage.lines}
         if number == 2 and (first := newest_in(run / "stage1")):
             written[1] = read_state(first)["lines"]
@@ -190,7 +192,7 @@ def begin_or_resume(
 def clean(run: Path, folder: Path, newest: Path | None, damaged: list[str]) -> None:
     """Remove what killed starts have left half done in a run, and put aside the checkpoints of a
     stage that are `damaged`: they would count as its newest."""
-    sweep(run)
+    sweep(run, "**/*")
     for name in damaged:
         aside = folder / f"damaged_{name}"
         shutil.rmtree(aside, ignore_errors=True)

@@ -83,13 +83,15 @@ def _begun(path: Path) -> tuple[BinaryIO, Path]:
         file.close()  # swept away in the moment before it was locked
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes have left half written in a folder, and in those below it. What
-    a living process is writing is locked, and stays."""
-    for leftover in folder.rglob(f"*.????????{ENDING}"):
-        with contextlib.suppress(OSError), open(leftover, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
+def sweep(folder: Path, *names: str) -> None:
+    """Remove what killed processes have left half written in a folder: files that were to become
+    one of `names`, which may be patterns ("**/*": all, in folders below it too). What a living
+    process is writing is locked, and stays."""
+    for name in names:
+        for leftover in folder.glob(f"{name}.{8 * '[0-9a-f]'}{ENDING}"):
+            with contextlib.suppress(OSError), open(leftover, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
 
 
 def write_atomically(path: Path, content: str | bytes, parents: bool = True) -> None:
@@ -97,6 +99,25 @@ def write_atomically(path: Path, content: str | bytes, parents: bool = True) -> 
     data = content.encode() if isinstance(content, str) else content
     with replacing(path, len(data), parents) as file:
         file.write(data)
+
+
+def created(path: Path, content: str) -> bool:
+    """Make a new file, whole; False where there is one. Of two that try at once one succeeds, and
+    nobody ever reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}{ENDING}")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a disk without links: there it is only unlikely that two meet
+        if path.exists():
+            return False
+        write_atomically(path, content)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def save_tensors(
@@ -159,12 +180,16 @@ def stream_tensors(
     return digest.hexdigest() if file else ""
 
 
-def fingerprint(module: torch.nn.Module) -> str:
-    """A short hash of all tensors of a module: tells whether it is still the same."""
+def fingerprint(module: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
+    """A short hash of all tensors of a module: tells whether it is still the same.
+
+    Args: dtype: what they are rounded to first, for a part that some devices read rounded.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        rounded = tensor.detach().to("cpu", dtype).contiguous()
+        digest.update(rounded.view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

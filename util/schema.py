@@ -15,7 +15,7 @@ into its letters. What must be there is written as the file itself would look:
 """
 
 import json
-import math
+import sys
 from pathlib import Path
 
 from util.cli import nearest, printable
@@ -78,8 +78,13 @@ def _is(value, expected) -> bool:
     if expected is str:
         return isinstance(value, str) and _is_unicode(value)
     if expected is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and _is_finite(value)
     return type(value) is (expected if isinstance(expected, type) else type(expected))
+
+
+def _is_finite(number: float) -> bool:
+    """Neither NaN nor infinite, nor a whole number that no float can hold."""
+    return abs(number) <= sys.float_info.max
 
 
 def _is_unicode(text: str) -> bool:
@@ -92,6 +97,8 @@ def _complaint(value, kinds: tuple, place: str) -> str:
     found = NAMES[type(value)]
     if isinstance(value, str) and str in kinds:
         found = "text that is no Unicode"
-    elif type(value) in (int, float):
-        found = "number" if math.isfinite(value) else repr(value)
+    elif type(value) is int:
+        found = "number" if _is_finite(value) else f"number of {len(str(abs(value)))} digits"
+    elif type(value) is float and not _is_finite(value):
+        found = repr(value)
     return f"{place or 'the file'}: expected {wanted}, found {found}"
