@@ -105,10 +105,15 @@ def created(path: Path, content: str) -> bool:
     """Make a new file, whole; False where there is one. Of two that try at once one succeeds, and
     nobody ever reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}{ENDING}")
+    temporary = None
     try:
-        temporary.write_text(content, encoding="utf-8")
-        os.link(temporary, path)
+        file, temporary = _begun(path)
+        with file:
+            file.write(content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+            os.link(temporary, path)
+        flush_folder(path.parent)
     except FileExistsError:
         return False
     except OSError:  # a disk without links: there it is only unlikely that two meet
@@ -116,7 +121,8 @@ def created(path: Path, content: str) -> bool:
             return False
         write_atomically(path, content)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
     return True
 
 
