@@ -73,6 +73,8 @@ def command_line() -> tuple[Settings, PairSet | None]:
             raise ValueError(f"--template {template!r}: put {{}} where the statement goes")
     if settings.benchmark == "toy" and (settings.template or settings.doubts):
         raise ValueError("--template and --doubts are for real benchmarks, not for the toy's")
+    if settings.benchmark != "toy" and (settings.pairs, settings.seed) != (Settings.pairs, 0):
+        raise ValueError("--pairs and --seed draw the toy's pairs; a real benchmark has its own")
     pair_set = None if settings.benchmark == "toy" else read_pair_set(settings.benchmark)
     if settings.doubts:
         apply_doubts(pair_set.items, settings.doubts)
@@ -251,7 +253,8 @@ def evaluate(
             more = f"prompt {templates[0]!r}; one is {100 / len(items):.2f} points"
             found.parts.append(part_of(label, f"{title}; {more}", items, task, first))
             if again:
-                title += f", without {len(items) - len(without)} in doubt ({doubts})"
+                swapped = len({*map(id, without)} - {*map(id, items)})
+                title += f", {len(items) - len(without)} left out and {swapped} swapped ({doubts})"
                 part = part_of(f"{label}, doubts applied", title, without, task, again)
                 plain = Part(part.label, part.title, part.rows, margins=part.margins)
                 found.parts.append(plain)  # figures, nothing to look at
@@ -283,7 +286,7 @@ def text_of(found: Found, names: list[str], wide: bool = False) -> str:
     text = [report.legend(names), report.summary(found.title, averages, cosine)]
     if any(part.margins for part in found.parts):
         text.append(report.wrapped(report.MARGINS))
-    groups = [others] if wide else [[name] for name in others or [first]]
+    groups = [others or [first]] if wide else [[name] for name in others or [first]]
     for group in groups:
         for part in found.parts:
             rows = parts[part.label]

@@ -71,6 +71,8 @@ def command_line() -> Settings:
         raise ValueError("nothing to do: give --classify SET, --captions FILE, or both")
     if settings.layers and len(settings.model) == 1:
         raise ValueError("--layers compares models: give --model twice")
+    if settings.template != Settings.template and not settings.classify:
+        raise ValueError("--template needs --classify: captions are sentences already")
     if settings.probe and not settings.classify:
         raise ValueError("--probe needs --classify: a probe is fitted to classes")
     return settings
@@ -150,7 +152,7 @@ def read_classes(source: str, root: str) -> Classes:
         pictures += files
         labels += [label] * len(files)
     names = [printable(p.name.replace("_", " ")) for p in classes]  # also those that are no UTF-8
-    return Classes(printable(folder.name), pictures, np.array(labels), names)
+    return Classes(printable(folder.resolve().name), pictures, np.array(labels), names)
 
 
 def _torchvision(name: str, root: Path) -> Classes:
@@ -242,12 +244,17 @@ def retrieval_hits(images: Tensor, texts: Tensor, owner: np.ndarray) -> dict[str
 def classify(encoders: list[Encoder], classes: Classes, templates: list) -> dict[str, dict]:
     """Hits per picture by model and task: "top-1" and "top-5" where there are more than 5
     classes."""
-    found = {}
+    found, names = {}, np.array(classes.names)
+    same = np.unique(names, return_inverse=True)[1]  # (C,): one number a name
+    earlier = np.array([(names[:i] == name).sum() for i, name in enumerate(names)])  # (C,)
     for encoder in in_turn(encoders, classes.title):
         features = encoder.images(classes.pictures)  # (K, d)
         scores = features @ class_texts(encoder, classes.names, templates).T  # (K, C)
         own = scores[torch.arange(len(scores)), torch.from_numpy(classes.labels)]
-        before = ((scores >= own[:, None]).sum(1) - 1).numpy()  # a tie counts against
+        # A tie counts against. But classes of one name (ImageNet has two missiles) have one text:
+        # as an argmax would, it means the first of them.
+        others = torch.from_numpy(same[None] != same[classes.labels][:, None])  # (K, C)
+        before = ((scores >= own[:, None]) & others).sum(1).numpy() + earlier[classes.labels]
         found[encoder.name] = {f"{classes.title} top-1": before < 1}
         if len(classes.names) > 5:
             found[encoder.name][f"{classes.title} top-5"] = before < 5

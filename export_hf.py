@@ -33,6 +33,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ PREPROCESS = {  # what a kind was trained with, where nothing says otherwise
     "clip": {"mean": MEAN, "std": STD, "resize_mode": "shortest"},
     "siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"},
 }
+HIDDEN_ACT = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}  # of a config that says none
 # What a config may hand to open_clip, timm and transformers. They take more: `trust_remote_code`
 # runs the Python beside a tokenizer, timm reads "local-dir:…". So texts are plain names.
 ALLOWED = {"act_kwargs": {"approximate"}, "norm_kwargs": {"eps"}}
@@ -242,10 +244,23 @@ def open_clip_config(config: dict, folder: Path) -> dict:
     if kind not in KINDS:
         raise ValueError(f"{folder}: model_type {kind!r}; expected 'clip' or 'siglip'")
     model_cfg = (_clip_architecture if kind == "clip" else _siglip_architecture)(config, folder)
-    file, preprocess = folder / "preprocessor_config.json", dict(PREPROCESS[kind])
-    own = _read(file) if file.is_file() else {}  # without it: as most of its kind
-    preprocess |= {k: own[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in own}
-    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+    file, side = folder / "preprocessor_config.json", model_cfg["vision_cfg"]["image_size"]
+    fitted = _preprocess(_read(file) if file.is_file() else {}, kind, side, file)
+    return {"model_cfg": model_cfg, "preprocess_cfg": fitted}
+
+
+def _preprocess(own: dict, kind: str, side: int, file: Path) -> dict:
+    """preprocessor_config.json in open_clip's words. What it leaves out is as in most of its kind.
+    Raises: ValueError for a way to make a picture fit that open_clip has no word for."""
+    given = {k: own[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in own}
+    crop, resample = own.get("do_center_crop", kind == "clip"), own.get("resample", 3)
+    square = {"height": side, "width": side}
+    sizes = side, ({"shortest_edge": side} if crop else square)
+    cut = own.get("crop_size", side) in (side, square) or not crop
+    if own.get("size", side) not in sizes or not cut or resample not in (2, 3):
+        raise ValueError(f"{file}: open_clip cannot make pictures of {side} px fit in that way")
+    given |= {"interpolation": "bilinear"} if resample == 2 else {}  # 3, bicubic, is the default
+    return PREPROCESS[kind] | given | {"resize_mode": "shortest" if crop else "squash"}
 
 
 def _clip_architecture(config: dict, folder: Path) -> dict:
@@ -290,15 +305,19 @@ def _siglip_architecture(config: dict, folder: Path) -> dict:
 
 def preprocessor_config(about: dict) -> dict:
     """preprocessor_config.json: how a picture becomes the tensor that the weights were trained on.
-    CLIP resizes the shorter side and crops the middle, SigLIP squashes to a square."""
+    CLIP resizes the shorter side and crops the middle, SigLIP squashes to a square.
+    Raises: ValueError for open_clip's other ways to make a picture fit."""
     side, preprocess = about["model_cfg"]["vision_cfg"]["image_size"], about["preprocess_cfg"]
     square = {"height": side, "width": side}
-    if preprocess.get("resize_mode") == "squash":
-        own = {"image_processor_type": "SiglipImageProcessor", "size": square}
+    if (mode := preprocess.get("resize_mode", "shortest")) not in ("shortest", "squash"):
+        raise ValueError(f"transformers cannot make pictures fit as open_clip's {mode!r:.60} does")
+    if mode == "squash":
+        own = {"image_processor_type": "SiglipImageProcessor", "size": square}  # and no crop
     else:
         own = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}}
-        own |= {"do_center_crop": True, "crop_size": square, "do_convert_rgb": True}
+        own |= {"crop_size": square, "do_convert_rgb": True}
     return {
+        "do_center_crop": mode == "shortest",
         **own,
         **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
         "resample": 2 if preprocess.get("interpolation") == "bilinear" else 3,  # 3: bicubic
@@ -395,10 +414,11 @@ def read_transformers(source: Path) -> tuple[dict, dict[str, Tensor], list[str]]
     found = {k: v for k, v in found.items() if not k.endswith(".position_ids")}
     _fill(model, convert(found, rules_for(model), export=False), source)
     # A SigLIP of open_clip's list brings timm's activation, which may not be this folder's.
-    wanted = config["vision_config"].get("hidden_act")
-    own = activation_name(model.get_submodule(KINDS[kind_of(model)][1]))
+    kind = kind_of(model)
+    wanted = config["vision_config"].get("hidden_act", HIDDEN_ACT[kind])
+    own = activation_name(model.get_submodule(KINDS[kind][1]))
     note = f"note: {source} has {wanted}, open_clip's tower {own}: features differ a little"
-    return about, model.state_dict(), [note] if wanted not in (None, own) else []
+    return about, model.state_dict(), [note] if wanted != own else []
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> nn.Module:
@@ -453,19 +473,25 @@ def restore(source: Path, target: Path) -> list[str]:
 
 
 def _write(target: Path, files: dict[str, str | dict]) -> None:
-    """Files by name, each written under a temporary name and renamed: never half of one."""
+    """Files by name, each written under a temporary name and renamed: never half of one.
+    Raises: OSError where one cannot be written; nothing is left of it."""
     target.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         temporary = target / f"{name}.tmp{os.getpid()}"
-        if name.endswith(".safetensors"):
+        try:
             temporary.touch()
             mode = temporary.stat().st_mode  # the user's umask; safetensors lets its owner in only
-            save_file(content, temporary, {"format": "pt"})  # transformers asks who wrote it
+            if name.endswith(".safetensors"):
+                save_file(content, temporary, {"format": "pt"})  # transformers asks who wrote it
+            else:
+                text = content if isinstance(content, str) else json.dumps(content, indent=1)
+                temporary.write_text(text, encoding="utf-8")
             temporary.chmod(mode)
-        else:
-            text = content if isinstance(content, str) else json.dumps(content, indent=1)
-            temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target / name)
+            os.replace(temporary, target / name)
+        except SafetensorError as error:  # a full disk, in its words
+            raise OSError(f"{target / name} could not be written ({error})") from None
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def main() -> None:

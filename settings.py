@@ -336,26 +336,29 @@ def check(settings: Settings) -> None:
             f"--cache {settings.cache}: give a folder (of that name: ./{settings.cache}), "
             "'memory', or '' for none"
         )
-    usually = usual(settings.preset, settings.denoiser)
-    for field in fields(settings):
-        owner = field.metadata.get("only", settings.denoisers[0])
-        if getattr(settings, field.name) == usually[field.name]:
+    usually, alone = usual(settings.preset, settings.denoiser), len(settings.denoisers) == 1
+    scenes = settings.preset == "toy" and not settings.data
+    lora = [name for name in names() if name.startswith("lora_")]
+    idle = {
+        "cache_dtype": (not settings.cache, "without --cache"),
+        "loss_weights": (alone, "with one denoiser"),
+        "time_scale": (settings.time_distribution == "uniform", "with uniform times"),
+        **dict.fromkeys(lora, (settings.tuning == "direct", "with --tuning direct")),
+        **dict.fromkeys(("crop_min", "crop_white"), (scenes, "without --data")),
+    }
+    for name in names():
+        notes = notes_of(name)
+        owner = notes.get("only", settings.denoisers[0])
+        if getattr(settings, name) == usually[name]:
             continue
         if owner not in settings.denoisers:
-            raise ValueError(
-                f"--{field.name} is of the {owner} denoiser and would do nothing here: drop it, or "
-                f"add --denoiser {owner}"
-            )
+            what = f"--{name} is of the {owner} denoiser and would do nothing here"
+            raise ValueError(f"{what}: drop it, or add --denoiser {owner}")
         # A Perceiver beside it may still be told its width.
-        alone = len(settings.denoisers) == 1 or "only" in field.metadata
-        if settings.flux and field.metadata.get("flux_decides") and alone:
-            raise ValueError(
-                f"--{field.name} would do nothing beside --flux, whose file decides: drop it"
-            )
-    if settings.cache_dtype != usually["cache_dtype"] and not settings.cache:
-        raise ValueError("--cache_dtype would do nothing without --cache: drop it")
-    if settings.loss_weights and len(settings.denoisers) == 1:
-        raise ValueError("--loss_weights would do nothing with one denoiser: drop it")
+        decided = settings.flux and notes.get("flux_decides") and (alone or "only" in notes)
+        useless, where = idle.get(name, (decided, "beside --flux, whose file decides"))
+        if useless:
+            raise ValueError(f"--{name} would do nothing {where}: drop it")
     settings.weights()
     for part in parts(settings):
         check_shape(part)

@@ -76,7 +76,8 @@ def reports(
     for name, folder in folders.items():
         pair = list(dict.fromkeys((first, name)))
         whole = {**evaluation, "models": {n: identity(models[n]) for n in pair}}
-        stem = slug(what if name == first else f"{what}-vs-{first}")[:120]  # 255 is the limit
+        stem = slug(what if name == first else f"{what}-vs-{first}")
+        stem = stem.encode()[:120].decode(errors="ignore")  # of the 255 bytes that a name may have
         taken = {other for _, other, _ in found}
         found.append((pair, place(folder, stem, whole, taken), whole))
     return found

@@ -234,8 +234,8 @@ def compared(hits: dict[str, np.ndarray]) -> dict[str, dict]:
 def by_pattern(patterns: list[str]) -> list[tuple[str, np.ndarray]]:
     """A table's rows in Tab. 1's order, the average last: (name, who is in it, bool (K,))."""
     order = [p for p in MMVP_PATTERNS if p in patterns] + sorted(set(patterns) - set(MMVP_PATTERNS))
-    names = [*order, "Average"]
-    return [(name, np.array([name in (p, "Average") for p in patterns])) for name in names]
+    found = [(name, np.array([p == name for p in patterns])) for name in order]
+    return [*found, ("Average", np.ones(len(patterns), bool))]
 
 
 def summarise(patterns: list[str], hits: dict[str, np.ndarray]) -> list[dict]:

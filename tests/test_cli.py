@@ -54,6 +54,7 @@ def test_a_tuple_is_a_flag_that_may_be_repeated():
     [
         (["--szie", "3"], "did you mean --size"),
         (["--qqqqqq"], "see --help"),
+        (["b.tar"], "unrecognized arguments: b.tar (see --help)"),
         (["--size", "three"], "invalid int value: 'three'"),
         (["--kind", "c"], "invalid choice: 'c'"),
         (["--size", "0"], "--size 0: must be at least 1"),

@@ -103,6 +103,14 @@ def test_summary_counts_patterns_and_average():
         assert len({len(line) for line in text.splitlines()[2:]}) == 1, "columns line up"
 
 
+def test_a_pattern_may_be_called_average():
+    rows = scoring.summarise(
+        ["Average", "Average", "Color", "Color"], {"a": np.array([1, 1, 0, 0])}
+    )
+    found = [(r["pattern"], r["models"]["a"]["percent"]) for r in rows]
+    assert found == [("Color", 0.0), ("Average", 100.0), ("Average", 50.0)]
+
+
 # -- folders -------------------------------------------------------------------------------------
 @pytest.fixture
 def folder(tmp_path):
@@ -264,7 +272,8 @@ def test_doubts_are_off_by_default_and_print_both_figures(folder, tmp_path):
     assert [i.name for i in kept] == [i.name for i in items if i.name not in ("1-2", "5-6")]
     assert kept[0].captions == items[1].captions[::-1]
     done = run("--benchmark", folder, "--model", TOY, "--doubts", file, "--out", tmp_path / "out")
-    assert "18 pairs, text-to-image" in done.stdout and "without 2 in doubt" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "18 pairs, text-to-image" in said and "2 left out and 1 swapped (" in said
     result = result_in(tmp_path / "out")
     assert result["text-to-image, doubts applied"][-1]["n"] == 16
     assert result["text-to-image"][-1]["n"] == 18

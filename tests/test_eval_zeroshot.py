@@ -103,6 +103,35 @@ def test_recall_against_a_loop(seed, block, monkeypatch):
     assert 0 < hits["image@1"].mean() < 1
 
 
+class Perfect:
+    """An encoder that knows each class by its name: pictures are names here."""
+
+    name = "perfect"
+
+    def texts(self, texts):
+        return torch.eye(26)[[ord(text[0]) - 97 for text in texts]]
+
+    images = texts
+
+
+def test_classes_of_one_name_are_told_as_an_argmax_would(monkeypatch):
+    """ImageNet has two missiles. One text cannot tell them apart: it means the first of them; a tie
+    of other names counts against."""
+    monkeypatch.setattr(ez, "in_turn", lambda encoders, title: encoders)
+    names = ["cat", "missile", "dog", "missile", "sunglasses", "sunglasses", "bus"]
+    shown = ez.Classes("Seven", names, np.arange(7), names)
+    hits = ez.classify([Perfect()], shown, ["{}"])["perfect"]
+    assert hits["Seven top-1"].tolist() == [True, True, True, False, True, False, True]
+    assert hits["Seven top-5"].all()
+    alike = ez.Classes("Two", ["cat", "car"], np.arange(2), ["cat", "car"])
+    assert not ez.classify([Perfect()], alike, ["{}"])["perfect"]["Two top-1"].any()
+
+
+def test_a_folder_of_classes_has_a_name_wherever_one_stands(classes, monkeypatch):
+    monkeypatch.chdir(classes)
+    assert ez.read_classes(".", "data").title == classes.name
+
+
 def test_a_constant_encoder_retrieves_nothing():
     hits = ez.retrieval_hits(torch.ones(30, 4), torch.ones(60, 4), np.repeat(np.arange(30), 2))
     assert all(not verdict.any() for verdict in hits.values())

@@ -4,6 +4,8 @@ other file, and a false size or number is a line."""
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import open_clip
 import pytest
@@ -175,6 +177,52 @@ def test_a_transformers_config_of_another_shape_is_a_line(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stop:
         export_hf.main()
     assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+FITTED = [
+    ("clip", {}, {"resize_mode": "shortest"}),
+    ("clip", {"size": 32, "crop_size": 32, "do_center_crop": True}, {"resize_mode": "shortest"}),
+    ("clip", {"size": {"shortest_edge": 32}, "resample": 2, "image_mean": [0.1, 0.2, 0.3]},
+     {"resize_mode": "shortest", "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3]}),
+    ("clip", {"size": {"height": 32, "width": 32}, "do_center_crop": False},
+     {"resize_mode": "squash"}),
+    ("siglip", {"size": {"height": 32, "width": 32}}, {"resize_mode": "squash"}),
+    ("siglip", {"size": {"shortest_edge": 32}, "do_center_crop": True},
+     {"resize_mode": "shortest"}),
+    ("clip", {"size": {"shortest_edge": 40}}, None),  # and then 32 from its middle
+    ("clip", {"crop_size": {"height": 32, "width": 24}}, None),
+    ("clip", {"do_center_crop": False, "size": {"shortest_edge": 32}}, None),
+    ("siglip", {"size": {"longest_edge": 32}}, None),
+    ("clip", {"resample": 1}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, own, expected", FITTED)
+def test_how_a_picture_is_made_to_fit_comes_along_or_is_refused(tmp_path, kind, own, expected):
+    """No error would tell, features would only be worse."""
+    if expected is None:
+        with pytest.raises(ValueError, match="open_clip cannot make pictures of 32 px fit"):
+            export_hf._preprocess(own, kind, 32, tmp_path)
+        return
+    found = export_hf._preprocess(own, kind, 32, tmp_path)
+    assert found == {**export_hf.PREPROCESS[kind], **expected}
+    about = {"model_cfg": {"vision_cfg": {"image_size": 32}}, "preprocess_cfg": found}
+    assert export_hf._preprocess(export_hf.preprocessor_config(about), kind, 32, tmp_path) == found
+
+
+def test_ways_that_transformers_has_not_are_refused_on_the_way_out():
+    about = {"model_cfg": {"vision_cfg": {"image_size": 32}}}
+    with pytest.raises(ValueError, match="as open_clip's 'longest' does"):
+        export_hf.preprocessor_config(about | {"preprocess_cfg": {"resize_mode": "longest"}})
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(tmp_path):
+    model = model_folder(tmp_path / "model")
+    command = f"ulimit -f 64; exec {sys.executable} export_hf.py --model {model} --out {tmp_path}/x"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "model.safetensors could not be written" in done.stderr
+    assert not list((tmp_path / "x").iterdir())
 
 
 # -- weights -------------------------------------------------------------------------------------

@@ -403,3 +403,7 @@ def test_two_models_whose_folders_are_one_get_a_report_each(tmp_path):
     assert len(set(folders.values())) < len(folders), "else this test shows nothing"
     stems = [stem for _, stem, _ in results.reports(models, folders, "toy", {})]
     assert len(set(stems)) == len(stems)
+    long = results.reports(
+        {"a": "x:a", "字" * 90: "x:b"}, dict.fromkeys(["字" * 90], tmp_path), "集" * 90, {}
+    )
+    assert 100 < len(long[0][1].name.encode()) <= 120, "a file system counts bytes"

@@ -43,7 +43,8 @@ def flux(tmp_path_factory):
 def started(denoiser, number, flux, process=HALF, **more):
     """A stage of a tiny model at step 0, and its scenes."""
     given = DENOISERS[denoiser] | ({"flux": flux} if denoiser == "flux" else {})
-    settings = Settings.of("toy", **SMALL, **given, **more)
+    small = {k: v for k, v in SMALL.items() if "tuning" not in more or not k.startswith("lora_")}
+    settings = Settings.of("toy", **small, **given, **more)
     _, model = build_model(settings, process)
     return begin(number, model, settings, process), ToyScenes(2, seed=1)
 

@@ -8,7 +8,7 @@ from settings import Settings
 from toy.world import ToyScenes
 from train import train_steps
 from training.assemble import build_model, seed_of
-from training.runlog import read_metrics
+from training.runlog import read_metrics, trim_metrics
 
 SMALL = {"width": 32, "heads": 2, "batch": 16, "micro_batch": 16, "warmup": 2, "lora_rank": 4}
 FLOW = {**SMALL, "rope_axes": "4,6,6", "vector_dim": 12, "context_dim": 20}
@@ -60,6 +60,21 @@ def test_columns(straight, tmp_path):
     assert second["loss"] == columns["loss"][2:]
     with pytest.raises(FileNotFoundError, match="no metrics.jsonl"):
         read_metrics(tmp_path)
+
+
+def test_a_flipped_line_end_is_damage(tmp_path, capsys):
+    """To Python's splitlines a vertical tab ends a line, too. Whatever is put aside stays there."""
+    (tmp_path / "config.json").write_text("{}")
+    file, lines = tmp_path / "metrics.jsonl", [f'{{"stage": 1, "step": {n}}}' for n in range(4)]
+    for first in ("\x0b", "\x85"):
+        file.write_text(lines[0] + first + "\n".join(lines[1:]) + '\n{"stage": 1, "st')
+        with pytest.raises(ValueError, match="not every line is one of train.py's .1 are not"):
+            read_metrics(tmp_path)
+        trim_metrics(file, 1, 2, {})
+        assert read_metrics(tmp_path)["step"] == [2]
+        assert "1 damaged line(s) were put aside" in capsys.readouterr().err
+    aside = (tmp_path / "metrics.damaged.jsonl").read_text()
+    assert aside == f"{lines[0]}\x0b{lines[1]}\n{lines[0]}\x85{lines[1]}\n"
 
 
 def test_tensorboard_mirrors_the_numbers(tmp_path):

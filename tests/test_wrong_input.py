@@ -121,6 +121,9 @@ TABLE = [
     (FAST + "--width 100", "--width 100 must be heads"),
     (FAST + "--time_scale 0", "must be above 0"),
     (FAST + "--end_to_end --stage 1", "drop --stage 1"),
+    (FAST + "--time_distribution uniform --time_scale 5", "would do nothing with uniform times"),
+    (FAST + "--tuning direct --lora_rank 4", "would do nothing with --tuning direct"),
+    (FAST + "--crop_white", "--crop_white would do nothing without --data"),
     (FAST + "--layers 4", "--layers is of the perceiver denoiser"),
     ("train.py --denoiser perceiver --blocks 3 --runs {runs}", "--blocks is of the flow denoiser"),
     ("train.py --denoiser perceiver --mask_from 0.9 --mask_to 0.5 --runs {runs}", "mask"),
@@ -168,6 +171,8 @@ TABLE = [
     # evaluation
     ("eval_mmvp.py --modle x", "did you mean --model?"),
     ("eval_mmvp.py --runs {here}/empty", "enhanced"),
+    ("eval_mmvp.py --benchmark {here}/no_table --pairs 3", "--pairs and --seed draw the toy's"),
+    ("eval_zeroshot.py --captions x.json --template imagenet7", "--template needs --classify"),
     ("eval_mmvp.py --model {toy}/clip.safetensors --model {here}/empty", "is missing"),
     ("eval_mmvp.py --model {toy}/clip.safetensors --benchmark {here}/nowhere", "missing"),
     ("eval_mmvp.py --model {toy}/clip.safetensors --benchmark {here}/no_table", "Questions.csv"),

@@ -29,6 +29,12 @@ TIMES = {
 }  # the only fields of a metrics line that may differ between equal runs
 
 
+def without_lora(flags, extra):
+    """LoRA's rank is refused where there is no LoRA."""
+    place = flags.index("--lora_rank") if "direct" in extra else len(flags)
+    return [*flags[:place], *flags[place + 2 :]]
+
+
 def train(runs, name, *extra, tiny=TINY):
     return subprocess.run(
         [
@@ -38,7 +44,7 @@ def train(runs, name, *extra, tiny=TINY):
             str(runs),
             "--name",
             name,
-            *tiny,
+            *without_lora(tiny, extra),
             *map(str, extra),
         ],
         capture_output=True,
@@ -50,7 +56,8 @@ def train(runs, name, *extra, tiny=TINY):
 def train_here(runs, name, *extra, tiny=TINY):
     """The same in this process: spares a second start of PyTorch where nothing is killed."""
     out, argv = io.StringIO(), sys.argv
-    sys.argv = ["train.py", "--runs", str(runs), "--name", name, *tiny, *map(str, extra)]
+    sys.argv = ["train.py", "--runs", str(runs), "--name", name, *without_lora(tiny, extra)]
+    sys.argv += map(str, extra)
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):

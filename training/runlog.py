@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -189,7 +190,7 @@ def _lines(file: Path) -> tuple[list[dict], list[str]]:
     kill is neither: it is written again.)"""
     found, damaged = [], []
     text = file.read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines(keepends=True):
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):  # a flipped bit may be a line's end to Python
         try:
             content = json.loads(line)
         except (ValueError, RecursionError):
@@ -229,7 +230,8 @@ def trim_metrics(path: Path, stage: int, step: int, written: dict[int, int]) -> 
     kept = [line for line in found if line["stage"] != stage or line["step"] <= step]
     if damaged:
         aside = path.with_name("metrics.damaged.jsonl")
-        write_atomically(aside, "".join(damaged))
+        before = aside.read_text(encoding="utf-8") if aside.is_file() else ""
+        write_atomically(aside, before + "".join(damaged))
         said = f"note: {path}: {len(damaged)} damaged line(s) were put aside, into {aside.name}"
         print(said, file=sys.stderr)
     for number, count in written.items():

@@ -210,8 +210,8 @@ class OneLineParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             wrong = next((w for w in message.split() if w.startswith("-")), "").split("=")[0]
             hint = self.hints.get(wrong.lstrip("-").replace("-", "_"))
-            near = nearest(wrong, self._option_string_actions) or " (see --help)"
-            message += f" ({hint})" if hint else near
+            near = wrong and nearest(wrong, self._option_string_actions)
+            message += f" ({hint})" if hint else near or " (see --help)"
         elif found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += nearest(found[1], re.findall(r"[\w-]+", found[2]))
         self.exit(2, f"{with_rank(self.prog)}: {printable(message)}\n")
