@@ -27,7 +27,7 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from claim_figure import draw, tell
+from claim_figure import draw, tell, verdict_of
 from einops import rearrange
 from verdicts import points_gained
 
@@ -338,18 +338,26 @@ else:
 # %%
 tell(1)
 draw(1)
+
+# %%
+assert verdict_of(1) == ("holds", "holds"), "as trained and at equal retention"
 for arm in ("flow", "perceiver"):
-    assert points_gained(arm).min() > 3, "[CLS] alone: every seed gains"
-    if len(told_all := points_gained(f"{arm}-local100")) == 5:
-        assert told_all.mean() < 2, "with all patch tokens: +1.2 and +0.4, hardly anything"
+    gains = [points_gained(arm + more) for more in ("", "-local10", "-local50", "-local100")]
+    alone, few, half, whole = (gain.mean() for gain in gains)
+    assert gains[0].min() > 5, "[CLS] alone: every seed gains"
+    assert alone > few > half > whole, "the more patch tokens, the less is taught"
+    assert whole < 2, "with all of them +1.2 and +0.4, hardly anything"
+    assert few > 0.5 * alone, "but 10 %, which is 2 of 16, leave two thirds: +5.0 and +3.9"
 
 # %% [markdown]
 # **What to take home.** A patch token gives its patch away, even to a linear map. A denoiser that
 # is given patch tokens draws better sooner and asks [CLS] less. At 0 % the condition is one token
 # and nothing goes around it, so all that drawing needs must pass through [CLS].
 #
-# And with all of them in the condition next to nothing is taught, by either denoiser.
+# So much for drawing; and CLIP is taught less with every patch token more, by either denoiser. With
+# all of them next to nothing is left. The claim holds here.
 #
-# **What is not shown.** That already a few of them take most of the gain is the paper's claim; the
-# table above says what has been measured of it. After few steps with 10 % [CLS] keeps most of its
-# worth. Next: why two stages (03).
+# **What is not shown.** The paper's cliff: there 10 % of the local tokens already cost most of the
+# gain. Here they cost a third of it. That is 2 tokens of 16 in the toy and 26 of 256 in L/14, so
+# the same share need not say as much; whether that is the reason was not tried.
+# Next: why two stages (03).
