@@ -21,6 +21,7 @@ the *change* and the exact McNemar test.
 Letters: K pictures, T texts, C classes, d width of the joint space.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -146,13 +147,13 @@ def read_classes(source: str, root: str) -> Classes:
     for label, directory in enumerate(classes):
         # A file, for a pipe of that name would be waited for.
         found = (p for p in directory.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        files = sorted(found)
+        files = sorted(p for p in found if p.name[0] != ".")  # hidden: as in data.py
         if not files:
             raise ValueError(f"--classify {source}: class folder {directory.name} has no pictures")
         pictures += files
         labels += [label] * len(files)
     names = [printable(p.name.replace("_", " ")) for p in classes]  # also those that are no UTF-8
-    return Classes(printable(folder.resolve().name), pictures, np.array(labels), names)
+    return Classes(printable(Path(os.path.abspath(folder)).name), pictures, np.array(labels), names)
 
 
 def _torchvision(name: str, root: Path) -> Classes:

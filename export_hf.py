@@ -252,12 +252,15 @@ def open_clip_config(config: dict, folder: Path) -> dict:
 def _preprocess(own: dict, kind: str, side: int, file: Path) -> dict:
     """preprocessor_config.json in open_clip's words. What it leaves out is as in most of its kind.
     Raises: ValueError for a way to make a picture fit that open_clip has no word for."""
+    own = {key: value for key, value in own.items() if value is not None}
     given = {k: own[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in own}
     crop, resample = own.get("do_center_crop", kind == "clip"), own.get("resample", 3)
     square = {"height": side, "width": side}
-    sizes = side, ({"shortest_edge": side} if crop else square)
     cut = own.get("crop_size", side) in (side, square) or not crop
-    if own.get("size", side) not in sizes or not cut or resample not in (2, 3):
+    crop &= own.get("size") != square  # which leaves nothing to cut off
+    sizes = side, ({"shortest_edge": side} if crop else square)
+    steps = all(own.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize"))
+    if own.get("size", side) not in sizes or not (cut and steps) or resample not in (2, 3):
         raise ValueError(f"{file}: open_clip cannot make pictures of {side} px fit in that way")
     given |= {"interpolation": "bilinear"} if resample == 2 else {}  # 3, bicubic, is the default
     return PREPROCESS[kind] | given | {"resize_mode": "shortest" if crop else "squash"}

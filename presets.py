@@ -4,7 +4,7 @@ settings.py holds the paper's full size (Sec. 5.1, App. B): whoever gives a back
 just that. The toy and the small backbone need other numbers; so does a Perceiver, of which the
 paper gives only the layers, and a run of both denoisers at once, which the paper does not have.
 
-Groups are laid over one another, later ones on top, by `usual` in settings.py: the paper's numbers,
+Groups are laid over one another, later ones on top, by `overrides`: the paper's numbers,
 then the preset's, then those of its denoiser, then what is given by hand.
 """
 
@@ -92,3 +92,17 @@ PERCEIVER = {"width": 1024, "heads": 16}
 # about 100 M parameters, batches of 64, and an epoch of CC3M. The rates are the paper's.
 ONE_GPU = {"gpus": 1, "batch": 64, "micro_batch": 64, "stage1_steps": 50_000, "sample_every": 2_500}
 ONE_GPU_FLOW = {"width": 1152, "heads": 9, "blocks": 1, "context_dim": 1024}
+
+
+def overrides(preset: str, denoiser: str) -> dict:
+    """What a preset with a denoiser puts in the place of the full size's numbers."""
+    # Where both teach, a number that both know has the flow's value here; each one's stage 1 still
+    # takes its own (`parts` in settings.py).
+    flow, both = "flow" in denoiser.split("+"), "+" in denoiser
+    if preset == "toy":
+        discrete = TOY_PERCEIVER if denoiser != "flow" else {}
+        return TOY | discrete | (TOY_FLOW if flow else {}) | (TOY_JOINT if both else {})
+    chosen = {"clip": BACKBONES.get(preset, "")} | (JOINT if both else {})
+    if preset == "openai-b32-224":
+        return chosen | ONE_GPU | (ONE_GPU_FLOW if flow else PERCEIVER)
+    return chosen | ({} if flow else PERCEIVER)

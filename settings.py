@@ -24,17 +24,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from presets import (
-    BACKBONES,
-    JOINT,
-    ONE_GPU,
-    ONE_GPU_FLOW,
-    PERCEIVER,
-    TOY,
-    TOY_FLOW,
-    TOY_JOINT,
-    TOY_PERCEIVER,
-)
+from presets import BACKBONES, overrides
 from util.cli import check_bounds, nearest, setting
 
 
@@ -240,6 +230,7 @@ class Settings:
             object.__setattr__(self, name, value)  # frozen for everybody else
         check(self)
         if len(given) < len(names()):  # by hand: not a whole run's settings, read back
+            check_idle(self, given)
             check_heard(self, given)
 
     @classmethod
@@ -294,18 +285,7 @@ class Settings:
 def usual(preset: str, denoiser: str) -> dict:
     """Every setting of a preset with a denoiser: what a run has that gives nothing else."""
     chosen = {field.name: field.default for field in fields(Settings)}
-    chosen |= {"preset": preset, "denoiser": denoiser}
-    # Where both teach, a number that both know has the flow's value here; each one's stage 1 still
-    # takes its own (`alone`).
-    flow, both = "flow" in denoiser.split("+"), "+" in denoiser
-    joint = JOINT if both else {}
-    if preset == "toy":
-        discrete = TOY_PERCEIVER if denoiser != "flow" else {}
-        return chosen | TOY | discrete | (TOY_FLOW if flow else {}) | (TOY_JOINT if both else {})
-    chosen["clip"] = BACKBONES.get(preset, "")
-    if preset == "openai-b32-224":
-        return chosen | ONE_GPU | (ONE_GPU_FLOW if flow else PERCEIVER) | joint
-    return chosen | ({} if flow else PERCEIVER) | joint
+    return chosen | {"preset": preset, "denoiser": denoiser} | overrides(preset, denoiser)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -337,15 +317,6 @@ def check(settings: Settings) -> None:
             "'memory', or '' for none"
         )
     usually, alone = usual(settings.preset, settings.denoiser), len(settings.denoisers) == 1
-    scenes = settings.preset == "toy" and not settings.data
-    lora = [name for name in names() if name.startswith("lora_")]
-    idle = {
-        "cache_dtype": (not settings.cache, "without --cache"),
-        "loss_weights": (alone, "with one denoiser"),
-        "time_scale": (settings.time_distribution == "uniform", "with uniform times"),
-        **dict.fromkeys(lora, (settings.tuning == "direct", "with --tuning direct")),
-        **dict.fromkeys(("crop_min", "crop_white"), (scenes, "without --data")),
-    }
     for name in names():
         notes = notes_of(name)
         owner = notes.get("only", settings.denoisers[0])
@@ -355,10 +326,10 @@ def check(settings: Settings) -> None:
             what = f"--{name} is of the {owner} denoiser and would do nothing here"
             raise ValueError(f"{what}: drop it, or add --denoiser {owner}")
         # A Perceiver beside it may still be told its width.
-        decided = settings.flux and notes.get("flux_decides") and (alone or "only" in notes)
-        useless, where = idle.get(name, (decided, "beside --flux, whose file decides"))
-        if useless:
-            raise ValueError(f"--{name} would do nothing {where}: drop it")
+        if settings.flux and notes.get("flux_decides") and (alone or "only" in notes):
+            raise ValueError(
+                f"--{name} would do nothing beside --flux, whose file decides: drop it"
+            )
     settings.weights()
     for part in parts(settings):
         check_shape(part)
@@ -424,6 +395,23 @@ def parts(settings: Settings) -> list[Settings]:
         given |= {**where, "denoiser": name, "stage1_from": "", "plan": False}
         found.append(Settings(**{**usual(settings.preset, name), **given}))
     return found
+
+
+def check_idle(settings: Settings, given: dict) -> None:
+    """What is given by hand must do something. (In a run that is read back it may not.)
+    Raises: ValueError naming the flag."""
+    usually, lora = usual(settings.preset, settings.denoiser), settings.tuning == "direct"
+    scenes = settings.preset == "toy" and not settings.data
+    idle = {
+        "cache_dtype": (not settings.cache, "without --cache"),
+        "loss_weights": (len(settings.denoisers) == 1, "with one denoiser"),
+        "time_scale": (settings.time_distribution == "uniform", "with uniform times"),
+        **{name: (lora, "with --tuning direct") for name in names() if name.startswith("lora_")},
+        **dict.fromkeys(("crop_min", "crop_white"), (scenes, "without --data")),
+    }
+    for name, (useless, where) in idle.items():
+        if useless and given.get(name, usually[name]) != usually[name]:
+            raise ValueError(f"--{name} would do nothing {where}: drop it")
 
 
 def check_heard(settings: Settings, given: dict) -> None:

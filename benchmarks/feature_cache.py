@@ -66,6 +66,7 @@ def steps(folder: Path, rounds: int) -> dict:
         smooth.save(folder / "photos" / f"{i:02d}.jpg", quality=90)
     pictures, model = Pictures(FileList(find_images(folder / "photos")), SIZE), small_model()
     how = {"cache": str(folder / "cache"), "cache_dtype": "fp16", "workers": 0, "crop_min": 0.9}
+    how["data"] = str(folder / "photos")
     settings = Settings.of("toy", batch=BATCH, micro_batch=BATCH, stage1_steps=1000, **how)
     cache = disk_cache(pictures, model, settings, Process())
     sets = {"without": pictures, "with": cache, "with, and decoding": ImagesToo(cache)}

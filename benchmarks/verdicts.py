@@ -74,9 +74,9 @@ CLAIMS = (
         ahead=BOTH * 3,
         behind=("flow-local10", "perceiver-local10", "flow-local50", "perceiver-local50",
                 "flow-local100", "perceiver-local100"),
-        finding="The more of them, the less is taught: of 8.0 points of the flow denoiser 10, 50 and "
-        "100 % leave 5.0, 4.1 and 1.2, of the Perceiver's 5.8 they leave 3.9, 2.3 and 0.4. But 10 % "
-        "(2 of 16 tokens here) leave two thirds.",
+        finding="The more of them, the less is taught: of 8.0 points of the flow denoiser 10, 50 "
+        "and 100 % leave 5.0, 4.1 and 1.2, of the Perceiver's 5.8 they leave 3.9, 2.3 and 0.4. But "
+        "10 % (2 of 16 tokens here) leave two thirds.",
     ),
     Claim(
         "Two stages teach more than end to end",

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from training import checkpoints as ckpt
 from training.preflight import differences, newest_sound, read_state, require_same, verify
+from training.process import Process
+from training.stages import newest_for_all
 from util.files import fingerprint
 from util.sealed import hash_of
 
@@ -106,10 +108,23 @@ def test_a_checkpoint_is_of_the_step_that_its_folder_says(tmp_path):
         read_state(tmp_path / "step_00000009")
 
 
+def test_pictures_of_an_earlier_version_are_not_compared(tmp_path):
+    """It made one hash of names and contents. Of toy scenes it is a name."""
+    for names, same in (("0123456789abcdef", True), ("ToyScenes", False)):
+        written = {"settings": {"images": 5, "names": names}}
+        ckpt.save_checkpoint(tmp_path / names, 1, {"trained": {}, "moments": {}}, written, 2)
+        old = read_state(ckpt.checkpoints_in(tmp_path / names)[0])["settings"]
+        mine = {"images": 5, "names": "f" * 16, "samples": {"0": "x"}}
+        assert (differences(old, mine) == []) == same
+        assert differences(old, mine | {"images": 6})
+
+
 def test_the_newest_is_that_of_most_steps(tmp_path):
     """Not the last by name: from 100 000 000 on, names are longer."""
     for step in (99_999_999, 100_000_000):
         assert save(tmp_path, step).name == f"step_{step}"
+    (tmp_path / "step_100000000" / "trained.safetensors").write_text("")
+    assert newest_for_all(tmp_path, Process()) == (tmp_path / "step_99999999", ["step_100000000"])
 
 
 def test_a_half_written_folder_is_no_checkpoint(tmp_path):

@@ -206,7 +206,7 @@ def test_another_model_or_other_pictures_are_refused(tmp_path, make_genhancer, s
     other = make_genhancer()
     other.info = dataclasses.replace(other.info, mean=(0.1, 0.1, 0.1))
     refused("clip .preprocess_cfg.mean", model=other)
-    refused("pictures .crop_min: 1.0 → 0.8", crop_min=0.8)
+    refused("pictures .crop_min: 1.0 → 0.8", crop_min=0.8, data="photos")
     refused("pictures .seed: 0 → 1", seed=1)
     refused("records .log_variance", cache_dtype="fp16")
     refused("records .log_variance", model=make_genhancer(sample_posterior=False))

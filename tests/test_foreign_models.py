@@ -187,6 +187,9 @@ FITTED = [
     ("clip", {"size": {"height": 32, "width": 32}, "do_center_crop": False},
      {"resize_mode": "squash"}),
     ("siglip", {"size": {"height": 32, "width": 32}}, {"resize_mode": "squash"}),
+    ("clip", {"size": {"height": 32, "width": 32}, "crop_size": 32}, {"resize_mode": "squash"}),
+    ("clip", {"size": None, "resample": None, "image_std": None}, {"resize_mode": "shortest"}),
+    ("clip", {"do_normalize": False}, None),
     ("siglip", {"size": {"shortest_edge": 32}, "do_center_crop": True},
      {"resize_mode": "shortest"}),
     ("clip", {"size": {"shortest_edge": 40}}, None),  # and then 32 from its middle

@@ -189,6 +189,16 @@ def test_a_resume_leaves_the_config_as_it_was(tmp_path):
     assert file.read_bytes() == before
 
 
+def test_a_run_with_a_setting_that_did_nothing_is_read_back(tmp_path):
+    """By hand such a flag is refused; a run that has it is a run."""
+    kept = {"preset": "toy", "tuning": "direct", "lora_rank": 4, "crop_min": 0.9}
+    config = {"stages": {"2": {"settings": kept}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert settings_of_run(tmp_path).lora_rank == 4
+    with pytest.raises(ValueError, match="--lora_rank would do nothing with --tuning direct"):
+        Settings.of(**kept)
+
+
 @pytest.mark.parametrize(
     "text", ['{"settings": {}}', "{", '{"stages": {"1": {"settings": {"x": 1}}}}']
 )

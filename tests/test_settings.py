@@ -48,7 +48,6 @@ def test_what_differs_wins_over_the_preset():
         ({"crop_white": 1}, "must be True or False"),
         ({"cache": True}, "--cache True: must be a text"),
         ({"cache": "none"}, "--cache none: give a folder .of that name: ./none., 'memory'"),
-        ({"cache": "", "cache_dtype": "fp16"}, "would do nothing without --cache"),
         ({"stage2_lr": float("inf")}, "finite"),
         ({"stage2_lr": -1.0}, "at least 0"),
         ({"lora_alpha": 0.0}, "above 0"),
@@ -64,6 +63,24 @@ def test_what_does_not_go_together_is_refused(given, words):
     if "preset" not in given and "denoiser" not in given:
         with pytest.raises(ValueError, match=words):
             Settings(**{**whole, **given})
+
+
+IDLE = [
+    ({"cache": "", "cache_dtype": "fp16"}, "--cache_dtype would do nothing without --cache"),
+    ({"loss_weights": "2"}, "--loss_weights would do nothing with one denoiser"),
+    ({"time_distribution": "uniform", "time_scale": 5.0}, "--time_scale would do nothing with un"),
+    ({"tuning": "direct", "lora_rank": 4}, "--lora_rank would do nothing with --tuning direct"),
+    ({"crop_min": 0.9}, "--crop_min would do nothing without --data"),
+]
+
+
+@pytest.mark.parametrize("given, words", IDLE)
+def test_what_would_do_nothing_is_refused_by_hand_and_read_back(given, words):
+    with pytest.raises(ValueError, match=words):
+        Settings(**given)
+    whole = Settings(**{**vars(Settings()), **given})  # as from the config.json of a run
+    assert all(getattr(whole, name) == value for name, value in given.items())
+    Settings(data="photos", **{"tuning": "direct", "crop_min": 0.9})
 
 
 def test_a_stage_knows_its_own():

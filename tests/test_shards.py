@@ -81,6 +81,7 @@ def test_any_order_any_kind_missing_keys(tmp_path):
     members = [("5.txt", b"first the caption"), ("5.JPG", picture(5)), ("9.json", b"{}")]
     members += [("2.webp", picture(2, "webp")), ("sub/2.png", picture(3, "png"))]
     members += [("7.jpeg", picture(7)), ("7.png", picture(8, "png")), ("8.gif", b"GIF")]
+    members += [("5.seg.png", picture(6, "png")), ("9.mask.png", picture(7, "png"))]
     members += [("IMG.2020.jpg", picture(1)), ("._5.JPG", b"macOS"), ("IMG.2021.jpg", picture(2))]
     index = shards.ShardIndex(write_tar(tmp_path / "a.tar", members))
     found = [index.name(i).rpartition(".tar/")[2] for i in range(len(index))]

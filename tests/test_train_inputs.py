@@ -115,7 +115,11 @@ def test_published_flux_as_the_denoiser(tmp_path):
     half = train_here(tmp_path, "half", "--precision", "bf16", tiny=flags)
     assert half.returncode == 0, half.stderr
     assert (tmp_path / "half" / "samples" / "stage2_step000004.png").is_file()
+    given = [read_state(ckpt.checkpoints_in(tmp_path / n / "stage1")[-1]) for n in ("flux", "half")]
+    one, other = (state["fingerprints"]["flow.denoiser"] for state in given)
+    assert one == other, "read as float32 or as bf16, it is one file"
     flags[-1] = str(tmp_path / "b.safetensors")
+    (run / "enhanced" / "README.md").unlink()  # else it is finished, and says so
     again = train_here(tmp_path, "flux", tiny=flags)
     assert again.returncode == 2 and "in its fingerprints (flow.denoiser" in again.stderr
 

@@ -230,7 +230,7 @@ def trim_metrics(path: Path, stage: int, step: int, written: dict[int, int]) -> 
     kept = [line for line in found if line["stage"] != stage or line["step"] <= step]
     if damaged:
         aside = path.with_name("metrics.damaged.jsonl")
-        before = aside.read_text(encoding="utf-8") if aside.is_file() else ""
+        before = aside.read_text(encoding="utf-8", errors="replace") if aside.is_file() else ""
         write_atomically(aside, before + "".join(damaged))
         said = f"note: {path}: {len(damaged)} damaged line(s) were put aside, into {aside.name}"
         print(said, file=sys.stderr)

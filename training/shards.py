@@ -36,7 +36,7 @@ from typing import BinaryIO
 import numpy as np
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-LAYOUT = 2  # of the index file; raise it when the content changes
+LAYOUT = 3  # of the index file; raise it when the content changes
 LARGEST = 1 << 29  # bytes of a picture: 120 million pixels, uncompressed
 HEADERS = 1 << 20  # bytes of all that may stand before one member: its name, and what pax adds
 MOST = 1_000_000  # shards that a pattern may name; the largest public sets have 230 000
@@ -131,11 +131,12 @@ def scan_shard(path: str | Path) -> tuple[list[int], list[int], str]:
     """Offsets and sizes of a shard's pictures, in the order of the file, and what was wrong ("" if
     nothing was).
 
-    A sample is what shares a key, the name up to its last dot; its first picture counts. (To
-    WebDataset, which ends keys at the first dot, IMG.2020.jpg is no picture.) Of a cut shard, all
+    A sample is what shares a key, the name up to its first dot; its first picture counts, and
+    7.seg.png beside 7.jpg or 7.txt is another view of it, which does not. Where all names of a key
+    have more dots (IMG.2020.jpg, IMG.2021.jpg), the key goes up to the last. Of a cut shard, all
     pictures before the cut are kept.
     """
-    offsets, sizes, keys, problem, large = [], [], set(), "", 0
+    found, plain, problem, large = {}, set(), "", 0
     try:
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode):  # to open a pipe is to wait for whoever writes to it
@@ -148,22 +149,30 @@ def scan_shard(path: str | Path) -> tuple[list[int], list[int], str]:
                 if tar.offset <= place:  # a size below 0: tarfile would come here again and again
                     raise tarfile.ReadError("a member of negative size")
                 place, (folder, _, name) = tar.offset, member.name.rpartition("/")
-                key, suffix = os.path.splitext(name)
-                if not member.isfile() or suffix.lower() not in SUFFIXES or name[0] == ".":
+                if not member.isfile() or name.startswith("."):
                     continue  # macOS packs a hidden "._a.jpg" beside every a.jpg
+                key, suffix = os.path.splitext(name)
+                if "." not in key:
+                    plain.add((folder, key))
+                if suffix.lower() not in SUFFIXES:
+                    continue
                 if member.offset_data + member.size > about.st_size:
                     problem = "is cut off in the middle of a picture"
                 elif member.size > LARGEST:
                     large += 1
-                elif (folder, key) not in keys:
-                    keys.add((folder, key))
-                    offsets.append(member.offset_data)
-                    sizes.append(member.size)
+                else:
+                    found.setdefault((folder, key), (member.offset_data, member.size))
         if not problem and not ends_well(path):
             problem = "has no end mark, so it was probably cut off"
     except Exception as error:  # of a file that was made to hurt, anything
         why = shown(error) or type(error).__name__
         problem = problem or f"cannot be read to its end ({why})"
+    kept = [
+        place
+        for (folder, key), place in found.items()
+        if "." not in key or (folder, key.partition(".")[0]) not in plain
+    ]
+    offsets, sizes = [offset for offset, _ in kept], [size for _, size in kept]
     if problem:
         problem = f"{shown(path)} {problem}; {len(offsets)} pictures before that are used"
     elif not offsets:

@@ -216,7 +216,8 @@ def newest_for_all(folder: Path, process: Process) -> tuple[Path | None, list[st
         try:
             found, problems = newest_sound(folder, verify)
             name = found.name if found else ""
-            damaged = [c.name for c in ckpt.checkpoints_in(folder) if found and c.name > name]
+            there = ckpt.checkpoints_in(folder)
+            damaged = [c.name for c in there[there.index(found) + 1 :]] if found else []
             for problem in problems:
                 print(f"note: {problem}; going on from {name} before it", file=sys.stderr)
         except ValueError as error:

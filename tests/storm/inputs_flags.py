@@ -32,6 +32,7 @@ PRETRAIN = "toy.pretrain --out {here}/out --only vae --scenes 513".split()
 # Where a flag means something only beside others.
 BESIDE = {
     "cache_dtype": ["--cache", "memory"],
+    "crop_min": ["--data", "{world}/pictures"],
     "gpus": ["--plan"],
     "loss_weights": ["--denoiser", "flow+perceiver"],
     "pairs": ["--benchmark", "toy"],
