@@ -9,7 +9,7 @@ one chosen call it does harm:
 
     kill      the process dies there, as by kill -9, before the call or half-way through it
     power     the same, and what was not flushed by fsync is lost: files are cut to what was, and
-              renames since the last fsync of a folder have not happened
+              renames and links since the last fsync of a folder have not happened
     full      no space left on the device from here on; the call itself writes half
     limit     from here on no file may grow beyond 64 kB (ulimit -f; the system's own refusal)
     broken    this call fails with EIO, later ones succeed
@@ -83,7 +83,7 @@ class Disk:
         self.safe: dict[int, int] = {}
         """inode → bytes that are on the disk for sure, of files that this process has written"""
         self.renamed: list[tuple[str, str, Path | None]] = []
-        """renames since a folder was last flushed"""
+        """renames, and links (from ""), since a folder was last flushed"""
 
     def path(self, path, dir_fd: int | None = None) -> str:
         """The whole path of what a call names: a path, an open file, or a name in an open folder;
@@ -151,8 +151,13 @@ class Disk:
                 self.attic.mkdir(exist_ok=True)
                 kept = self.attic / str(len(self.renamed))
                 kept.unlink(missing_ok=True)
-                os.link(new, kept)
+                real.link(new, kept)
             self.renamed.append((old, new, kept))
+
+    def remember_link(self, new: str) -> None:
+        """After it has happened: there was nothing of that name before."""
+        if self.harm == "power":
+            self.renamed.append(("", new, None))
 
     def opened(self, fd: int) -> None:
         """What another process has written is safe, what this one will write is not."""
@@ -173,7 +178,7 @@ class Disk:
         """As the next start would find the disk after a power cut at its unluckiest."""
         with restored():
             for old, new, kept in reversed(self.renamed):
-                os.rename(new, old)
+                os.rename(new, old) if old else os.unlink(new)
                 if kept:
                     os.rename(kept, new)
             for file in Path(self.folder).rglob("*"):
@@ -288,7 +293,11 @@ def install_os(disk: Disk) -> None:
             if what == "rename":
                 source = disk.path(old, more.get("src_dir_fd"))
                 return disk.call(what, whole, lambda: renamed(source, whole))
-            return disk.call(what, whole, lambda: function(old, new, **more))
+            return disk.call(what, whole, lambda: linked(old, new, more, whole))
+
+        def linked(old, new, more, whole):
+            function(old, new, **more)
+            disk.remember_link(whole)
 
         def renamed(source, whole):
             disk.remember_rename(source, whole)
