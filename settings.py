@@ -398,7 +398,7 @@ def parts(settings: Settings) -> list[Settings]:
 
 
 def check_idle(settings: Settings, given: dict) -> None:
-    """What is given by hand must do something. (In a run that is read back it may not.)
+    """What is given by hand must do something. (A run that is read back may hold such a setting.)
     Raises: ValueError naming the flag."""
     usually, lora = usual(settings.preset, settings.denoiser), settings.tuning == "direct"
     scenes = settings.preset == "toy" and not settings.data

@@ -1,7 +1,7 @@
 """What the frozen networks make of every picture, computed once and kept on the disk (--cache DIR).
 
 100 000 steps of 256 see each picture of CC3M 8.5 times. Each time the same frozen tokenizer and, in
-stage 1, the same frozen image tower would say the same of it: at full size a third of the work.
+stage 1, the same frozen image tower would say the same of it: at full size a third of a flow step.
 Here it is written down once, and from then on stage 1 reads 52 kB a picture instead of decoding,
 cropping and encoding one. What is given up are new crops: every epoch sees those of the first. (At
 `--crop_min 0.9` they differ by a few pixels.) The numbers are those that `--cache memory` would
