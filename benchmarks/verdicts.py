@@ -118,8 +118,8 @@ CLAIMS = (
         ahead=("perceiver",),
         behind=("perceiver-mask90",),
         shown=("perceiver-mask50", "perceiver-mask70"),
-        finding="90 % throughout pulls harder: 1.3 points more, and 1.3 points of subjects lost "
-        "instead of 0.7; at equal retention it gains 5.4, the range 5.2.",
+        finding="50, 70, 90 % throughout gain 4.3, 5.0, 7.1 and lose 0.4, 0.6, 1.3 of subjects (a "
+        "range: 5.8, 0.7); at equal retention 4.6, 4.8, 5.4 (5.2): more hidden, harder pull.",
     ),
     Claim(
         "LoRA teaches more than direct training",
