@@ -63,13 +63,13 @@ class Arm:
 
 FLOW = "--stage1_steps 800 --stage2_steps 300"
 MASKS = "--denoiser perceiver --stage1_steps 1500 --stage2_steps 450"
-JOINT = "--denoiser flow+perceiver --stage2_steps 375"
+JOINT = "--denoiser flow+perceiver --stage2_steps 375 --stage2_trains only"  # as the others
 MANY = (25, 50, 100, 200, 400, 800, 1200)
 ARMS = {
     # Tab. 6, and what all others are compared with
     "flow": Arm(FLOW, drawings=True),
     "perceiver": Arm(MASKS, drawings=True),
-    "joint": Arm(JOINT, stage1="flow,perceiver"),
+    "joint": Arm(f"{JOINT} --drift_weight 0.05", stage1="flow,perceiver"),
     # λ of the drift term
     "flow-lambda0": Arm(f"{FLOW} --drift_weight 0", stage1="flow"),
     "perceiver-lambda0": Arm(f"{MASKS} --drift_weight 0", stage1="perceiver"),

@@ -1,6 +1,7 @@
-"""Committed results of toy_seeds.py in one table: continuous, discrete, and both denoisers at once.
+"""Committed results of toy_seeds.py in one table: continuous, discrete, both denoisers at once, and
+these with their change of weights scaled.
 
-    python benchmarks/side_by_side.py       toy_seeds, perceiver and joint → side_by_side.md
+    python benchmarks/side_by_side.py   toy_seeds, perceiver, joint, joint_scaled → side_by_side.md
 
 Nothing is measured here; all were scored on the same pairs and scenes.
 """
@@ -12,14 +13,19 @@ from report import HERE, parser, publish, spread, table
 
 from util.cli import run_command
 
-RESULTS = {"toy_seeds": "continuous", "perceiver": "discrete", "joint": "both at once"}
+RESULTS = {
+    "toy_seeds": "continuous",
+    "perceiver": "discrete",
+    "joint": "both at once",
+    "joint_scaled": "both, × 1.25",
+}
 
 
 def read(name: str) -> dict:
     """Every figure of one result. Raises: FileNotFoundError where there is none."""
     file = HERE / f"{name}.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there: toy_seeds.py --name {name} writes it")
+        raise FileNotFoundError(f"{file} is not there: toy_seeds.py writes it, see its examples")
     return json.loads(file.read_text())
 
 

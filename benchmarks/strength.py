@@ -2,7 +2,8 @@
 
     python benchmarks/strength.py --run runs/demo --run runs/demo-perceiver     → strength.md
 
-Every run alone at strengths 0, 0.25, … 2; of several runs also their average,
+Every run alone at strengths 0, 0.25, … 2; of runs that differ in their seed alone (NAME-seed1,
+NAME-seed2 …) the mean of those curves; of several runs also their average, one model:
 
     θ = θ0 + s · mean_i (θ_i − θ0)
 
@@ -19,6 +20,7 @@ Letters: K pairs, N scenes, C subjects, H W height and width, d width of the joi
 """
 
 import functools
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from report import CPU, facts, headline, parser, publish, table
+from report import CPU, facts, headline, parser, publish, spread, table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -160,6 +162,28 @@ def cells(row: dict) -> list[str]:
     return [*line, f"{row['cosine']:.3f}"]
 
 
+def over_seeds(rows: dict[str, list[dict]]) -> list[str]:
+    """Of runs called NAME-seed1, NAME-seed2 …: one curve, mean ± standard deviation."""
+    families: dict[str, list] = {}
+    for title, group in rows.items():
+        if found := re.fullmatch(r"(.+)-seed\d+", title):
+            families.setdefault(found[1], []).append(group)
+    lines = []
+    for family, groups in families.items():
+        if len(groups) < 2:
+            continue
+        table_rows = []
+        for same in zip(*groups, strict=True):  # one strength, in every run
+            changes = (np.array([row[m]["change"] for row in same]) for m in MEASURES)
+            cosine = np.mean([row["cosine"] for row in same])
+            line = [f"{same[0]['strength']:g}", *(spread(c, "+") for c in changes)]
+            table_rows.append([*line, f"{cosine:.3f}"])
+        head = ["strength", *MEASURES.values(), "cosine to the original"]
+        title = f"**{family}: each of the {len(groups)} seeds alone, mean change**"
+        lines += [title, "", *table(head, table_rows), ""]
+    return lines
+
+
 def strengths_of(count: int) -> list[float]:
     """0 to 2 for the average of `count` models, and 0 to 2 for each change in their sum."""
     return sorted({*STRENGTHS, *(count * strength for strength in STRENGTHS)})
@@ -197,7 +221,7 @@ def main() -> None:
         f"unmentioned pairs, {n['mentioned']} mentioned pairs and {n['subject']} scenes. One "
         f"strength takes {about['seconds_per_strength']:.1f} s (threads: {about['threads']})."
     )
-    lines = [first, ""]
+    lines = [first, "", *over_seeds(rows)]
     for title, group in rows.items():
         head = ["strength", "weight of each", *MEASURES.values(), "cosine to the original"]
         lines += [f"**{title}**", "", *table(head, map(cells, group)), ""]

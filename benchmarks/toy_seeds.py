@@ -6,6 +6,7 @@ statistics.
     python benchmarks/toy_seeds.py --name end_to_end --seeds 1 --flags="--end_to_end"
     python benchmarks/toy_seeds.py --name lambda0 --seeds 2 \\
         --flags="--drift_weight 0 --stage1_from runs/toy_seeds-seed{seed}"
+    python benchmarks/toy_seeds.py --name joint --strength 1.25     → joint_scaled.md
 
 Trains with train.py's own command line (so what is measured is what a user gets), scores every seed
 on the same pairs (toy benchmark 0), and writes benchmarks/NAME.json and NAME.md. Runs that exist
@@ -24,6 +25,8 @@ Letters: R seeds, K pairs.
 """
 
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -161,12 +164,23 @@ def measure_retention(original: Encoder, enhanced: list[Encoder]) -> tuple[dict,
     return figures, [*lines, "", f"Mean cosine to the original feature: {np.mean(cosines):.3f}."]
 
 
+def scaled(run: Path, strength: float) -> Path:
+    """The enhanced model of a run with its change of weights times `strength`, beside the run."""
+    out = run.with_name(f"{run.name}-times{strength:g}")
+    dial = ["--weights", f"{strength:g}", "--out", str(out)]
+    command = [sys.executable, "-m", "training.blend", str(run), *dial]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise ValueError(f"run {run} could not be scaled; the line above says why")
+    return out
+
+
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--seeds", type=int, default=5, help="how many")
     flags.add_argument("--first_seed", type=int, default=1)
     flags.add_argument("--name", default="toy_seeds")
     flags.add_argument("--flags", default="", help="more flags of train.py; {seed} is filled in")
+    flags.add_argument("--strength", type=float, default=1.0, help="of the change of weights")
     flags.add_argument("--runs", default=str(ROOT / "runs"))
     args = flags.parse_args()
     seeds = list(range(args.first_seed, args.first_seed + args.seeds))
@@ -175,9 +189,11 @@ def main() -> None:
         if not is_finished(run):
             train(run, ["--seed", str(seed), *shlex.split(args.flags.format(seed=seed))])
 
-    models = [TOY_DIR / "clip.safetensors", *(run / "enhanced" for run in runs)]
-    original, *enhanced = load_encoders([str(model) for model in models], CPU)
+    whole = args.strength == 1
+    models = [run / "enhanced" if whole else scaled(run, args.strength) for run in runs]
+    original, *enhanced = load_encoders([str(TOY_DIR / "clip.safetensors"), *map(str, models)], CPU)
     command = f"python benchmarks/toy_seeds.py --name {args.name} --seeds {args.seeds}"
+    command += "" if whole else f" --strength {args.strength:g}"
     command += f" --first_seed {seeds[0]}" if seeds[0] != 1 else ""
     command += f' --flags="{args.flags}"' if args.flags else ""
     about = {"command": command, **facts(), "seeds": seeds}
@@ -187,7 +203,7 @@ def main() -> None:
         about[side], more = measure_side(original, enhanced, mentioned)
         lines += more
     figures, more = measure_retention(original, enhanced)
-    publish(args.name, lines + more, about | figures)
+    publish(args.name if whole else f"{args.name}_scaled", lines + more, about | figures)
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ CLAIMS = (
         ahead=BOTH,
         behind=("original", "original"),
         shown=("joint",),
-        finding="Every seed of either gains more than 5 points.",
+        finding="Every seed gains more than 5 points (joint: with frozen denoisers, as each).",
     ),
     Claim(
         "Light from scratch equals heavy pretrained",

@@ -13,7 +13,7 @@ from conftest import ROOT, TINY_CLIP
 from safetensors.torch import load_file, save_file
 from test_enhanced import execute
 from test_wrong_input import command
-from tiny_runs import train_here
+from tiny_runs import equal, train_here
 
 from evaluation.encoder import load_encoders
 from evaluation.scoring import score
@@ -25,6 +25,7 @@ from util import files
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import strength  # noqa: E402
+import toy_seeds  # noqa: E402
 
 TOY = TOY_DIR / "clip.safetensors"
 BLEND = "training/blend.py "
@@ -343,3 +344,24 @@ def test_the_report_of_strengths(world, monkeypatch):
     assert both[0]["unmentioned"]["change"] == 0 and both[0]["subject"]["hits"] > 24
     assert said["about"]["command"].endswith("--run runs/lora --run runs/direct")
     assert str(ROOT) not in json.dumps(said) and str(world["here"]) not in json.dumps(said)
+
+
+def test_the_seeds_benchmark_scales_as_the_command_does(world, tmp_path):
+    run = shutil.copytree(world["runs"] / "direct", tmp_path / "direct")
+    out = toy_seeds.scaled(run, 1.5)
+    start, _ = load_clip(str(TOY))
+    expected = blend(start.state_dict(), [load_file(run / "enhanced" / WEIGHTS)], [1.5])
+    assert out == tmp_path / "direct-times1.5" and equal(load_file(out / WEIGHTS), expected)
+    with pytest.raises(ValueError, match="could not be scaled"):
+        toy_seeds.scaled(run, 3.0)
+
+
+def test_runs_that_differ_in_their_seed_are_one_curve():
+    def curve(gain):
+        found = [{m: {"change": gain * s} for m in strength.MEASURES} for s in (0, 1)]
+        return [{"strength": s, "cosine": 1 - s / 50, **found[s]} for s in (0, 1)]
+
+    rows = {"a-seed1": curve(2.0), "b-seed1": curve(9.0), "a-seed2": curve(4.0), "c": curve(1.0)}
+    lines = strength.over_seeds(rows)
+    assert lines[0] == "**a: each of the 2 seeds alone, mean change**" and len(lines) == 7
+    assert lines[-2].startswith("| 1 | +3.0 ± 1.4 | +3.0 ± 1.4 |") and "0.980" in lines[-2]

@@ -24,7 +24,7 @@ TINY_JOINT = [*TINY, *shlex.split("--denoiser flow+perceiver --layers 2")]
 SETTINGS = {
     "width": 32, "heads": 2, "batch": 16, "micro_batch": 16, "warmup": 2, "lora_rank": 4,
     "rope_axes": "4,6,6", "vector_dim": 12, "context_dim": 20, "drift_weight": 0.1,
-    "stage2_lr": 1e-3, "stage2_steps": 4,
+    "stage2_lr": 1e-3, "stage2_steps": 4, "stage2_trains": "only",
 }  # fmt: skip
 # AdaLN-zero would begin with a denoiser that no condition reaches.
 BOTH = Settings.of("toy", denoiser="flow+perceiver", layers=2, initialisation="pytorch", **SETTINGS)
@@ -112,7 +112,8 @@ def test_what_a_joint_run_leaves_behind(joint):
     assert {p.name for p in joint.iterdir()} == {
         "config.json", "metrics.jsonl", "stage2", "enhanced", "samples", "flow", "perceiver",
     }  # fmt: skip
-    assert parts_in(joint, 2) == {"visual"}
+    along = {"paradigms.flow.denoiser", "paradigms.perceiver.denoiser"}
+    assert {"visual", *along} < parts_in(joint, 2), "the toy's preset trains all"
     last = metrics(joint)[-1]
     weighted = last["loss_flow"] + 0.2 * last["loss_perceiver"]
     assert last["loss"] == pytest.approx(weighted) and 0 < last["accuracy"] < 1
@@ -124,13 +125,25 @@ def test_what_a_joint_run_leaves_behind(joint):
 
 def test_a_joint_run_is_finished_and_loads(joint, tmp_path):
     where = {"runs": str(joint.parent), "name": "straight"}
-    both = Settings(**{**vars(BOTH), **where, "stage1_steps": 6})
+    both = Settings(**{**vars(BOTH), **where, "stage1_steps": 6, "stage2_trains": "all"})
     assert "is finished: stage 1 of flow at step 6" in finished(both)
     moved = shutil.copytree(joint, tmp_path / "elsewhere")
     _, model = load_run(moved)
     trained = tensors(joint, 2)
     own = dict(model.named_parameters())
     assert all(torch.equal(own[name], tensor) for name, tensor in trained.items())
+    for name in ("flow", "perceiver"):
+        first = tensors(joint / name, 1)
+        assert first and first.keys() <= trained.keys(), "stage 2 has trained them along"
+        assert not all(torch.equal(own[n], t) for n, t in first.items())
+
+
+def test_a_joint_stage_2_may_train_the_tower_only(joint, tmp_path):
+    where = f"{joint / 'flow'},{joint / 'perceiver'}"
+    flags = ["--stage1_from", where, "--stage2_trains", "only"]
+    done = train_here(tmp_path, "only", *flags, tiny=TINY_JOINT)
+    assert done.returncode == 0 and parts_in(tmp_path / "only", 2) == {"visual"}, done.stderr
+    own = dict(load_run(tmp_path / "only")[1].named_parameters())
     for name in ("flow", "perceiver"):
         assert all(torch.equal(own[n], t) for n, t in tensors(joint / name, 1).items())
 
