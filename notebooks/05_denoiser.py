@@ -484,8 +484,12 @@ if scores is not None:
 tell(4)
 draw(4)
 assert verdict_of(4)[0] == "holds", "m = 4 and 8 layers gain no more than m = 1 and 4 layers"
-for arm in ("flow", "perceiver"):
-    assert points_gained(arm).min() > 3, "small, from random weights, and every seed gains"
+deeper = {"flow": ("-blocks2", "-blocks3", "-blocks4")}
+deeper["perceiver"] = ("-layers2", "-layers6", "-layers8")
+for kind, depths in deeper.items():
+    assert points_gained(kind).min() > 3, "small, from random weights, and every seed gains"
+    gains = [points_gained(kind + depth).mean() for depth in ("", *depths)]
+    assert max(gains) - min(gains) < 1, "and whatever the depth, within a point"
 
 # %%
 tell(10)

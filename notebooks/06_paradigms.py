@@ -499,6 +499,6 @@ assert verdict_of(11) == ("holds", "holds"), "the drift term costs no gain"
 # would have it, and on every seed both gain. They are not the same lesson: what must be placed
 # exactly, above or below and letters, noise teaches more. The paper does not ask for both at once.
 # The untrained sum of the two gains more than either and costs more as well; one stage 2 with both
-# losses gains more than either and costs less (+9.8 against +8.3 and +7.6). Part of that lead is
-# its length and that it trains the denoisers along: at equal settings, frozen, both at once are
-# level with noise alone (docs/EVIDENCE.md, claim 9).
+# losses gains more than either and costs less (+9.8 against +8.3 and +7.6). Most of that lead is
+# its length, its λ, and that it trains the denoisers along (docs/RESULTS.md): at equal settings,
+# frozen, both at once are level with noise alone (docs/EVIDENCE.md, claim 9).

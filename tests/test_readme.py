@@ -250,6 +250,7 @@ def test_documents_hold_the_benchmarks_own_tables():
         assert text.strip() == file.read_text(encoding="utf-8").strip(), name
     committed = {file.stem for file in (ROOT / "benchmarks").glob("*.md")}
     arms = {"lambda0", "end_to_end", "end_to_end_lambda0", "perceiver_lambda0", "perceiver_learnt"}
+    arms |= {"flow_along", "flow_along_scaled"}
     assert committed - arms == set(blocks), "each is shown; the arms are rows of one table"
 
 
