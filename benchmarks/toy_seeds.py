@@ -6,7 +6,7 @@ statistics.
     python benchmarks/toy_seeds.py --name end_to_end --seeds 1 --flags="--end_to_end"
     python benchmarks/toy_seeds.py --name lambda0 --seeds 2 \\
         --flags="--drift_weight 0 --stage1_from runs/toy_seeds-seed{seed}"
-    python benchmarks/toy_seeds.py --name joint --strength 1.25     → joint_scaled.md
+    python benchmarks/toy_seeds.py --name NAME --strength 1.25   runs of before → NAME_scaled.md
 
 Trains with train.py's own command line (so what is measured is what a user gets), scores every seed
 on the same pairs (toy benchmark 0), and writes benchmarks/NAME.json and NAME.md. Runs that exist
